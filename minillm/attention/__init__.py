@@ -1,0 +1,1 @@
+"""Attention: the operator, its exact block-wise form, and its relatives."""

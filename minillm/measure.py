@@ -53,7 +53,7 @@ def peak_memory(function: Callable[[], Any]) -> int:
     held = peak = 0
     for event in profiler.profiler.kineto_results.events():  # type: ignore[union-attr]
         if event.name() == "[memory]":
-            held += event.nbytes()
+            held += event.nbytes()  # type: ignore[union-attr]
             peak = max(peak, held)
     return peak
 

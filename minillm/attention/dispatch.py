@@ -25,7 +25,7 @@ def attention(
 ) -> Float[Tensor, "b h t d"]:
     """Exact attention, differentiable; query head i reads key/value head i // (h / g), causal at the ends."""
     if q.is_cuda and find_spec("triton"):
-        from minillm.attention import flash_triton
+        from minillm.attention.flash_triton import flash_attention
 
-        return flash_triton.flash_attention(q, k, v, causal=causal, offset=offset)
+        return flash_attention(q, k, v, causal=causal, offset=offset)
     return flash.flash_attention(q, k, v, causal=causal, offset=offset)

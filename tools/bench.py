@@ -1,0 +1,74 @@
+"""Benchmarks: ratios measured in one run on this machine, never asserted. `python start.py bench`."""
+
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from minillm.attention import flash, naive
+from minillm.measure import peak_memory
+
+METHODS: dict[str, Callable[..., Any]] = {
+    "sdpa": lambda q, k, v: F.scaled_dot_product_attention(q, k, v, is_causal=True),
+    "tiled": lambda q, k, v: flash.flash_attention(q, k, v, causal=True),
+    "naive": lambda q, k, v: naive.attention(q, k, v, causal=True),
+}
+RUNS = 5
+
+
+def interleaved(calls: Mapping[str, Callable[[], Any]], runs: int) -> dict[str, float]:
+    """Median processor seconds of each call, the calls taking turns so that a busy machine slows all of them."""
+    seconds: dict[str, list[float]] = {name: [] for name in calls}
+    for _ in range(runs + 1):  # the first round warms up and is dropped
+        for name, call in calls.items():
+            start = time.process_time()
+            call()
+            seconds[name].append(time.process_time() - start)
+    return {name: statistics.median(values[1:]) for name, values in seconds.items()}
+
+
+def forward_and_backward(attention: Callable[..., torch.Tensor], *inputs: torch.Tensor) -> None:
+    """One training step of an attention alone."""
+    attention(*inputs).sum().backward()
+
+
+def attention_table() -> None:
+    print(
+        "Attention, one causal head, d = 64, float32, forward and backward. Time relative to SDPA; peak extra memory."
+    )
+    print(f"{'t':>6}  " + "  ".join(f"{name + ' time':>11} {'MiB':>8}" for name in METHODS))
+    for t in (1024, 2048, 4096, 8192, 16384):
+        q, k, v = (x.requires_grad_() for x in torch.randn(3, 1, 1, t, 64).unbind())
+        calls = {name: partial(forward_and_backward, method, q, k, v) for name, method in METHODS.items()}
+        seconds = interleaved(calls, RUNS if t <= 4096 else 1)
+        memory = {name: peak_memory(partial(method, q, k, v)) for name, method in METHODS.items()}
+        row = [f"{seconds[name] / seconds['sdpa']:>10.2f}x {memory[name] / 2**20:>8.1f}" for name in METHODS]
+        print(f"{t:>6}  " + "  ".join(row), flush=True)
+
+
+def import_table() -> None:
+    print("\nImport time of a module beyond `import torch`, median of 7 fresh processes (milliseconds):")
+    for module in ("minillm.attention.naive", "minillm.attention.flash", "minillm.attention.dispatch"):
+        code = f"import time, torch; a = time.perf_counter(); import {module}; print((time.perf_counter() - a) * 1e3)"
+        times = [
+            float(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout)
+            for _ in range(7)
+        ]
+        print(f"  {module:<32} {statistics.median(times):6.1f}")
+
+
+def main() -> None:
+    torch.manual_seed(0)
+    print(f"torch {torch.__version__}, {torch.get_num_threads()} thread(s), processor time\n")
+    attention_table()
+    import_table()
+
+
+if __name__ == "__main__":
+    main()

@@ -106,9 +106,17 @@ def pytest_configure(config):
         config.option.nbval_sanitize_with = str(config.rootpath / patterns)
 
 
+def pytest_unconfigure():
+    """Remove the homes: left to the garbage collector, Python warns."""
+    _homes.cleanup()
+
+
+@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
 def pytest_collection_modifyitems(items):
-    """Give cells time to show what they print, and reports the budget of their notebook."""
+    """Keep a file's tests on one worker, but those marked `apart`; give cells time, and reports their budget."""
     for item in items:
+        if not item.get_closest_marker("apart"):
+            item.add_marker(pytest.mark.xdist_group(item.nodeid.partition("::")[0]))
         if isinstance(item, plugin.IPyNbCell):
             item.output_timeout = OUTPUT_SECONDS
             budget = item.parent.nb.metadata.get("minillm", {}).get("budget", nb.SECONDS)

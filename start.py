@@ -303,7 +303,7 @@ def test() -> int:
         "lint": ["ruff", "check", "."],
         "format": ["ruff", "format", "--check", "."],
         "types": ["mypy"],
-        "tests and notebooks": ["pytest", "-n", "auto", "--dist", "loadscope", "--nbval", "tests", "notebooks"],
+        "tests and notebooks": ["pytest", "-n", "auto", "--dist", "loadgroup", "--nbval", "tests", "notebooks"],
     }
     workers = os.environ.get("PYTEST_XDIST_AUTO_NUM_WORKERS", str(cores()))
     began = time.monotonic()

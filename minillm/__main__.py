@@ -152,7 +152,11 @@ def _open(args: argparse.Namespace) -> int:
     question = registry.load_question(args.id, paths.ANSWERS)
     from minillm.study import workspace
 
-    for line in workspace.sync():
+    try:
+        done = workspace.sync()
+    except workspace.WorkspaceError as error:
+        raise Refusal(str(error)) from None
+    for line in done:
         print(line, file=sys.stderr)
     notebook = paths.WORK / f"{question.id}.ipynb"
     if not notebook.is_file():
@@ -196,10 +200,13 @@ def _running_lab(notebook: Path) -> str | None:
 def _start_lab(notebook: Path) -> int:
     """Runs JupyterLab in the foreground until it ends; its exit code."""
     import subprocess
+    from urllib.parse import quote
 
     # threads that wait must sleep: otherwise several kernels on one machine slow each other down by far
     environment = {"OMP_WAIT_POLICY": "PASSIVE", **os.environ}
-    command = [sys.executable, "-m", "jupyterlab", str(notebook), f"--ServerApp.root_dir={paths.ROOT}"]
+    place = quote(notebook.relative_to(paths.ROOT).as_posix())
+    command = [sys.executable, "-m", "jupyterlab", f"--ServerApp.root_dir={paths.ROOT}"]
+    command.append(f"--LabApp.default_url=/lab/tree/{place}")  # so that the address it prints is the notebook's
     if hasattr(os, "geteuid") and os.geteuid() == 0:
         command.append("--allow-root")  # in a container; the token is asked for all the same
     lab = subprocess.Popen(command, cwd=paths.ROOT, env=environment)

@@ -14,9 +14,10 @@ import nbformat
 import pytest
 from markdown_it import MarkdownIt
 
+from minillm.study.answer_file import doctests
 from minillm.study.exercise import load_exercise
 from minillm.study.paths import ANSWERS, NOTEBOOKS, ROOT
-from minillm.study.registry import AREAS, doctests, load_questions
+from minillm.study.registry import AREAS, load_questions
 
 TESTS = ROOT / "tests"
 PACKAGE = ROOT / "minillm"

@@ -18,6 +18,7 @@ from minillm.study.exercise import edited_source, load_exercise
 from minillm.study.paths import ROOT
 from minillm.study.registry import load_questions
 
+pytestmark = pytest.mark.apart
 PRELOAD = ["torch", "torch.testing", "torch.utils.flop_counter", "einops", "pytest", "beartype"]
 TIME_LIMIT = 120  # seconds; an edit that makes the tests hang counts as a failure of this test, not of theirs
 

@@ -13,9 +13,10 @@ from typing import Any
 import ipywidgets as widgets
 
 from minillm.study import markup, parts, registry, session
+from minillm.study.answer_file import KeyPoint
 from minillm.study.language import LANGUAGES, WORDS
 from minillm.study.rating import Rating, Review
-from minillm.study.registry import KeyPoint, Question
+from minillm.study.registry import Question
 from minillm.study.store import StoreError
 
 AIM = 180  # seconds for the full answer, spoken

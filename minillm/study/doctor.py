@@ -119,9 +119,9 @@ def _installed() -> dict[str, str]:
     """Version by name; the first found counts, as it does for import."""
     versions: dict[str, str] = {}
     for distribution in importlib.metadata.distributions():
-        name = distribution.metadata["Name"]
-        if name:
-            versions.setdefault(_name(name), distribution.version)
+        metadata = distribution.metadata  # parsed anew at each access
+        if metadata["Name"]:
+            versions.setdefault(_name(metadata["Name"]), metadata["Version"])
     return versions
 
 

@@ -9,30 +9,20 @@ row carries a CRC; opening checks every row of both and gives each file what onl
 import errno
 import json
 import os
-import re
 import shutil
 import sqlite3
 import threading
 import uuid
 import weakref
-import zlib
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing, contextmanager, suppress
-from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
 from minillm.study.paths import data_dir
+from minillm.study.rows import Event, Row, from_line, is_sound, make_event, make_row, to_line
 
-# What each kind of event must carry; there may be more. A draft is no event, but kept as a row like one.
-FIELDS: dict[str, dict[str, type]] = {
-    "rating": {"rating": int},
-    "attempt": {"code": str, "verdict": str},
-    "answer": {"text": str},
-    "hint": {"number": int},
-    "draft": {"text": str},
-}
 FORMAT, VERSION = "minillm study", 1  # of an exported file
 WAIT = 30.0  # seconds to wait for the transaction of another kernel
 
@@ -50,7 +40,6 @@ INSERT = (
     " SET at = excluded.at, data = excluded.data, crc = excluded.crc"
     " WHERE events.kind = 'draft' AND excluded.at > events.at"
 )
-Row = tuple[str, str, str, str, str, int]
 T = TypeVar("T")
 
 
@@ -60,17 +49,6 @@ class StoreError(RuntimeError):
 
 class _Damage(Exception):
     """The database does not hold what was written to it."""
-
-
-@dataclass(frozen=True)
-class Event:
-    """One thing the learner did; `at` is in UTC, `data` is JSON."""
-
-    id: str
-    at: datetime
-    kind: str
-    question: str
-    data: dict[str, Any]
 
 
 class Store:
@@ -91,30 +69,30 @@ class Store:
 
     def append(self, kind: str, question: str, data: dict[str, Any], *, at: datetime | None = None) -> Event:
         """The event, durable when it returns. ValueError if kind or data are wrong, StoreError if not saved."""
-        row = _row(uuid.uuid4().hex, at or datetime.now(UTC), kind, question, data)
+        row = make_row(uuid.uuid4().hex, at or datetime.now(UTC), kind, question, data)
         self._do(lambda db: self._write(db, [row]))
-        return _event(row)
+        return make_event(row)
 
     def events(self, kind: str | None = None, question: str | None = None) -> list[Event]:
         """The events in time order, of one kind or one question if given."""
         where = "WHERE kind != 'draft' AND kind = ifnull(?, kind) AND question = ifnull(?, question) ORDER BY at, n"
-        return [_event(row) for row in self._do(lambda db: _rows(db, where, kind, question))]
+        return [make_event(row) for row in self._do(lambda db: _rows(db, where, kind, question))]
 
     def save_draft(self, question: str, text: str) -> None:
         """Keeps the text in place of the question's last draft, durable when it returns."""
 
         def save(db: sqlite3.Connection) -> None:
-            now, old = datetime.now(UTC), [_event(row) for row in _rows(db, "WHERE id = ?", "draft:" + question)]
+            now, old = datetime.now(UTC), [make_event(row) for row in _rows(db, "WHERE id = ?", "draft:" + question)]
             if [event.data["text"] for event in old] != [text]:
                 at = max([now, *(event.at + timedelta(microseconds=1) for event in old)])  # the clock may go back
-                self._write(db, [_row("draft:" + question, at, "draft", question, {"text": text})])
+                self._write(db, [make_row("draft:" + question, at, "draft", question, {"text": text})])
 
         self._do(save)
 
     def draft(self, question: str) -> str:
         """The question's last draft, or the empty string."""
         rows = self._do(lambda db: _rows(db, "WHERE id = ?", "draft:" + question))
-        return _event(rows[0]).data["text"] if rows else ""
+        return make_event(rows[0]).data["text"] if rows else ""
 
     def export_json(self, path: Path) -> int:
         """Writes events and drafts to one JSON file, all or nothing; the number of events."""
@@ -202,15 +180,15 @@ class Store:
         with _transaction(db):
             rows = {row[0]: row for row in _rows(db)}
             lines = self.lines.read_bytes().split(b"\n") if self.lines.exists() else []
-            logged = {row[:2]: row for row in map(_parsed, lines) if row}
+            logged = {row[:2]: row for row in map(from_line, lines) if row}
             found = {}
             for row in (*salvaged, *logged.values()):
                 if row[0] not in rows or (row[2] == "draft" and row[1] > rows[row[0]][1]):
                     rows[row[0]] = found[row[0]] = row
             db.executemany(INSERT, found.values())
-            bad = sum(1 for line in lines[:-1] if line and not _parsed(line))
+            bad = sum(1 for line in lines[:-1] if line and not from_line(line))
             if not bad and sum(map(len, lines)) > 2**20 + 8 * sum(len(row[4]) for row in rows.values()):
-                _replace(self.lines, b"".join(map(_line, rows.values())))  # mostly old drafts
+                _replace(self.lines, b"".join(map(to_line, rows.values())))  # mostly old drafts
             else:
                 self._log(db, [row for row in rows.values() if row[:2] not in logged])
         if found or "damaged" in reason:
@@ -234,7 +212,7 @@ class Store:
             size = file.seek(0, os.SEEK_END)
             file.seek(max(size - 1, 0))
             broken = file.read(1) not in (b"", b"\n")  # a killed kernel left half a line
-            text = memoryview(b"\n" * broken + b"".join(map(_line, rows)))
+            text = memoryview(b"\n" * broken + b"".join(map(to_line, rows)))
             try:
                 while text:
                     text = text[file.write(text) :]
@@ -311,7 +289,7 @@ def _salvage(db: sqlite3.Connection, path: Path) -> Iterator[Row]:
     for n in range(1, size // 64):  # a row takes more bytes than that, and none is ever deleted
         with suppress(sqlite3.Error):
             row = db.execute(SELECT + "WHERE n = ?", (n,)).fetchone()
-            if row and _sound(row):
+            if row and is_sound(row):
                 yield row
 
 
@@ -323,58 +301,11 @@ def _set_aside(path: Path) -> Path:
     return aside
 
 
-def _row(id: str, at: datetime, kind: str, question: str, data: dict[str, Any]) -> Row:
-    """The row of an event or draft; ValueError says what is wrong with it."""
-    if kind not in FIELDS:
-        raise ValueError(f"the kind of an event is one of {', '.join(FIELDS)}, got {kind!r}")
-    if not (isinstance(question, str) and question.isprintable() and question and isinstance(data, dict)):
-        raise ValueError(f"an event has a question's id and a dict of data, got {question!r} and {data!r}")
-    if not (re.fullmatch("[0-9a-f]{32}", id) if kind != "draft" else id == "draft:" + question):
-        raise ValueError(f"the id of an event is 32 hexadecimal digits, of a draft its question's, got {id!r}")
-    for name, wanted in FIELDS[kind].items():
-        if type(data.get(name)) is not wanted:
-            raise ValueError(f"the data of {kind} has {name!r}: {wanted.__name__}, got {data!r}")
-    if kind == "rating" and data["rating"] not in range(1, 5):
-        raise ValueError(f"a rating is 1, 2, 3 or 4 (Again, Hard, Good, Easy), got {data['rating']}")
-    if at.tzinfo is None:
-        raise ValueError(f"the time of an event needs a time zone, got {at.isoformat()}")
-    when = at.astimezone(UTC).isoformat(timespec="microseconds")
-    try:
-        fields = (id, when, kind, question, json.dumps(data, allow_nan=False))
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"the data of an event must be JSON ({error})") from error
-    return (*fields, _crc(fields))
-
-
-def _event(row: Row) -> Event:
-    return Event(row[0], datetime.fromisoformat(row[1]), row[2], row[3], json.loads(row[4]))
-
-
-def _crc(fields: Iterable[str]) -> int:
-    return zlib.crc32("\n".join(fields).encode())
-
-
-def _sound(row: Any) -> bool:
-    return len(row) == 6 and all(isinstance(field, str) for field in row[:5]) and _crc(row[:5]) == row[5]
-
-
 def _rows(db: sqlite3.Connection, where: str = "", *values: str | None) -> list[Row]:
     rows = db.execute(SELECT + where, values).fetchall()
-    if not all(map(_sound, rows)):
+    if not all(map(is_sound, rows)):
         raise _Damage("an entry differs from its checksum")
     return rows
-
-
-def _line(row: Row) -> bytes:
-    return json.dumps(row).encode() + b"\n"
-
-
-def _parsed(line: bytes) -> Row | None:
-    with suppress(ValueError):
-        row = json.loads(line)
-        if isinstance(row, list) and _sound(row):
-            return (*row[:5], row[5])
-    return None
 
 
 def _imported(path: Path) -> list[Row]:
@@ -388,7 +319,7 @@ def _imported(path: Path) -> list[Row]:
             raise StoreError(f"{path} has version {file.get('version')!r}, {known}: update; nothing was imported.")
         for entry in file["events"]:
             at = datetime.fromisoformat(entry["at"])
-            rows.append(_row(entry["id"], at, entry["kind"], entry["question"], entry["data"]))
+            rows.append(make_row(entry["id"], at, entry["kind"], entry["question"], entry["data"]))
     except KeyError as error:
         raise StoreError(f"{path}: events[{len(rows)}] has no {error}; nothing was imported.") from error
     except OSError as error:

@@ -20,7 +20,7 @@ import pytest
 
 from answer_tree import EN, ZH, write_question
 from minillm import __main__ as cli
-from minillm.study import doctor, paths
+from minillm.study import checker, doctor, paths, workspace  # noqa: F401  (paths are bound before tests change them)
 from minillm.study.store import Store
 
 ID = "attention/flash"
@@ -414,7 +414,7 @@ def synced(three: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         notebook.write_text('{"cells": [], "metadata": {}, "nbformat": 4, "nbformat_minor": 5}', encoding="utf-8")
         return ["attention/flash: copied"]
 
-    fake = SimpleNamespace(sync=sync)
+    fake = SimpleNamespace(sync=sync, WorkspaceError=RuntimeError)
     monkeypatch.setitem(sys.modules, "minillm.study.workspace", fake)
     monkeypatch.setattr(minillm.study, "workspace", fake, raising=False)
     return notebook
@@ -454,7 +454,8 @@ def test_open_starts_lab_on_the_notebook(
     monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
     assert run("open", ID).code == 7  # Lab's own, after one Ctrl-C that Lab answered itself
     ((command, cwd, env),) = started
-    assert command[:4] == [sys.executable, "-m", "jupyterlab", str(synced)]
+    assert command[:3] == [sys.executable, "-m", "jupyterlab"]
+    assert "--LabApp.default_url=/lab/tree/work/attention/flash.ipynb" in command
     assert f"--ServerApp.root_dir={three}" in command
     assert cwd == three
     assert env["OMP_WAIT_POLICY"] == "PASSIVE"
@@ -610,7 +611,9 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for number in range(32):
         write_question(root, f"{areas[number % 4]}/topic{number}", order=number + 1)
     shutil.copy(ROOT / "answers" / f"{ID}.py", root / "answers" / "attention" / "topic0.py")
-    (root / "solution.py").write_text("x = (\n", encoding="utf-8")
+    notebook = root / "notebooks" / "attention" / "topic0.ipynb"
+    notebook.parent.mkdir(parents=True)
+    notebook.write_text('{"cells": [], "metadata": {}, "nbformat": 4, "nbformat_minor": 5}', encoding="utf-8")
     for days in range(10, 20):
         rate(root / "home", "attention/topic0", 1, days)
     with Store(root / "home" / "study.db") as store:
@@ -630,6 +633,7 @@ LIGHT = [
     ["stub", "attention/topic0"],
     ["due"],
     ["progress"],
+    ["open", "attention/topic0", "--print"],
     ["export", "out.json"],
     ["import", "study.json"],
     ["doctor"],
@@ -662,6 +666,21 @@ def test_as_a_module_it_lists_every_question(project: Path) -> None:
     assert (listed.returncode, listed.stderr) == (0, b"")
     assert listed.stdout.count(b" min ") == 32
     assert b"attention/topic0    30 min  due" in listed.stdout
+
+
+def test_open_print_brings_the_copy_up_to_date(project: Path) -> None:
+    shutil.rmtree(project / "work", ignore_errors=True)
+    opened = start(project, "-m", "minillm", "open", "attention/topic0", "--print")
+    copy = project / "work" / "attention" / "topic0.ipynb"
+    assert opened.returncode == 0, opened.stderr
+    assert opened.stdout.decode().splitlines() == [str(copy)]  # and nothing else, so that $(...) can use it
+    assert copy.is_file()
+    (project / "notebooks").rename(project / "away")
+    refused = start(project, "-m", "minillm", "open", "attention/topic0", "--print")
+    (project / "away").rename(project / "notebooks")
+    assert (refused.returncode, refused.stdout) == (1, b"")
+    assert b"notebooks: the checkout is not complete" in refused.stderr
+    assert b"Traceback" not in refused.stderr
 
 
 @pytest.mark.parametrize("encoding", ["cp1252", "ascii", "gbk"])

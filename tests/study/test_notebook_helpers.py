@@ -109,7 +109,7 @@ def test_source_looks_through_decorators(outputs):
         return registry.nearest(*args)
 
     source(wrapped)
-    assert "def nearest" in outputs[0]["text/plain"]
+    assert outputs[0]["text/plain"] == f"# minillm/study/registry.py\n{inspect.getsource(registry.nearest)}"
 
 
 def test_claim_prints_what_holds(capsys):

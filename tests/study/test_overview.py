@@ -69,6 +69,11 @@ def test_with_nothing_due_it_says_the_next_review():
     assert "Nothing is due today." in shown.due.value
     assert "Next review: <a" in shown.due.value
     assert "(in " in shown.due.value
+    assert "attention/flash" in shown.due.value.partition("Next new")[0]
+    rate(ROPE, 1)  # earlier than Easy brings the other one back
+    shown.again.click()
+    assert "position/rope" in shown.due.value.partition("Next new")[0]
+    assert "attention/flash" not in shown.due.value
     assert states(shown, FLASH) == ["seen"]
 
 

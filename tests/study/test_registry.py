@@ -11,7 +11,7 @@ import yaml
 from markdown_it import MarkdownIt
 
 from answer_tree import EN, FRONT, ZH, write_question
-from minillm.study import registry
+from minillm.study import answer_file, registry
 from minillm.study.registry import AnswerError, UnknownQuestion, find, load_question, load_questions, nearest
 
 ID = "attention/flash"
@@ -82,7 +82,7 @@ def test_the_chinese_answer(answers: Path) -> None:
 
 
 def test_doctests_are_ready_to_run(answers: Path) -> None:
-    (code,) = registry.doctests(load_question(ID, answers).answers["en"].numbers)
+    (code,) = answer_file.doctests(load_question(ID, answers).answers["en"].numbers)
     (example,) = doctest.DocTestParser().get_examples(code)
     # the closing fence must not become part of the expected output
     assert (example.source, example.want) == ("4096 * 4096 * 2 // 2**20\n", "32\n")
@@ -94,7 +94,7 @@ def test_an_indented_block_loses_its_indent(answers: Path) -> None:
         "```python\n>>> 4096 * 4096 * 2 // 2**20\n32\n```",
         "- here:\n\n  ```python\n  >>> 4096 * 4096 * 2 // 2**20\n  32\n  ```",
     )
-    (code,) = registry.doctests(load_question(ID, answers).answers["en"].numbers)
+    (code,) = answer_file.doctests(load_question(ID, answers).answers["en"].numbers)
     assert code == ">>> 4096 * 4096 * 2 // 2**20\n32\n"
 
 
@@ -565,6 +565,7 @@ def test_find_nothing(many: Path, words: str) -> None:
         ("distributed/zero3", "distributed/zero"),
         ("longcontext", "position/long_context"),
         ("data", "data/cleaning"),  # the area alone
+        ("ZERO", "distributed/zero"),
         ("distributed/rope", "position/rope"),  # the wrong area
     ],
 )

@@ -26,8 +26,8 @@ def test_an_evening_with_flash_attention(page):
     tab.wait_for_function("([i, s]) => i.src !== s", arg=[picture.element_handle(), before])
     assert caption.inner_text() != words
     page.shot("explore", explore)
-    tab.set_viewport_size({"width": 1280, "height": 860})
-    page.show("explore")
+    tab.set_viewport_size({"width": 1280, "height": 960})
+    page.show("explore-tiles")
     page.shot("screenshot")  # the picture in the READMEs: copied from artifacts/ to tests/browser/ by hand
     tab.set_viewport_size({"width": 1280, "height": 1900})
 

@@ -5,6 +5,7 @@ import math
 import torch
 from matplotlib.colors import ListedColormap
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 from torch import Tensor
 
 from minillm.attention.online_softmax import empty_state, finish, online_softmax_step
@@ -113,6 +114,8 @@ def tiles(
     )
     left.invert_yaxis()
     left.set_aspect("auto")
+    for axis in (left.xaxis, left.yaxis):
+        axis.set_major_locator(MaxNLocator(integer=True))
     left.set(xlabel=f"tile of {block_k} keys", ylabel=f"tile of {block_q} queries")
     left.set_title("full · masked · skipped")
     naive_bytes, tile_bytes = t * t * 4, min(block_q, t) * min(block_k, t) * 4

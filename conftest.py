@@ -5,11 +5,14 @@ pictures are compared, a kernel that died is noticed at once, each notebook has 
 beside its budget.
 """
 
+import atexit
 import os
+import shutil
 import sys
 import tempfile
 import time
 from collections import defaultdict, deque
+from functools import cache
 from pathlib import Path
 from queue import Empty
 
@@ -22,8 +25,9 @@ sys.path.insert(0, str(ROOT))
 
 from tools import nb, same  # noqa: E402
 
-_homes = tempfile.TemporaryDirectory(prefix="minillm-", ignore_cleanup_errors=True)
-os.environ |= nb.kernel_environment(Path(_homes.name))  # before torch is imported, and never the learner's store
+_homes = tempfile.mkdtemp(prefix="minillm-")
+atexit.register(shutil.rmtree, _homes, ignore_errors=True)
+os.environ |= nb.kernel_environment(Path(_homes))  # before torch is imported, and never the learner's store
 del os.environ["PYTEST_CURRENT_TEST"]  # pytest sets its own
 
 OUTPUT_SECONDS = 60  # nbval's 5 s is too short on a busy machine
@@ -85,7 +89,7 @@ def _watchful_reply(original):
 
 def _own_home(original):
     def setup(self):
-        home = Path(tempfile.mkdtemp(dir=_homes.name))
+        home = Path(tempfile.mkdtemp(dir=_homes))
         with pytest.MonkeyPatch.context() as patch:
             for name, value in nb.kernel_environment(home).items():
                 patch.setenv(name, value)
@@ -106,17 +110,30 @@ def pytest_configure(config):
         config.option.nbval_sanitize_with = str(config.rootpath / patterns)
 
 
-def pytest_unconfigure():
-    """Remove the homes: left to the garbage collector, Python warns."""
-    _homes.cleanup()
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
+    """Keep a file's tests on one worker, as a notebook's kernel needs it, but those of files marked `apart`.
+
+    --dist=loadgroup is made for that and groups nothing under pytest 9.2 (pytest-xdist issue 1386).
+    """
+    from xdist.scheduler import LoadScopeScheduling
+
+    @cache
+    def is_apart(file):
+        path = config.rootpath / file
+        return path.suffix == ".py" and "pytestmark = pytest.mark.apart" in path.read_text(encoding="utf-8")
+
+    class ByFile(LoadScopeScheduling):
+        def _split_scope(self, nodeid):
+            file = nodeid.partition("::")[0]
+            return nodeid if is_apart(file) else file
+
+    return ByFile(config, log)
 
 
-@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
 def pytest_collection_modifyitems(items):
-    """Keep a file's tests on one worker, but those marked `apart`; give cells time, and reports their budget."""
+    """Give cells time to show what they print, and reports the budget of their notebook."""
     for item in items:
-        if not item.get_closest_marker("apart"):
-            item.add_marker(pytest.mark.xdist_group(item.nodeid.partition("::")[0]))
         if isinstance(item, plugin.IPyNbCell):
             item.output_timeout = OUTPUT_SECONDS
             budget = item.parent.nb.metadata.get("minillm", {}).get("budget", nb.SECONDS)

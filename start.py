@@ -253,7 +253,11 @@ def prepare(extras: list, torch: "str | None" = None) -> None:
 
 def sync() -> None:
     """Bring the learner's copies of the notebooks up to date."""
-    code = "from minillm.study.workspace import sync\nfor line in sync(): print(line)"
+    code = (
+        "from minillm.study.overview import snapshot\nfrom minillm.study.paths import WORK\n"
+        "from minillm.study.workspace import sync\nfor line in sync(): print(line)\n"
+        "snapshot(WORK / 'start.ipynb')"  # what is due is there before any cell runs
+    )
     if run(python(), "-c", code):
         raise SetupError(f"your notebooks in {ROOT / 'work'} could not be brought up to date; the reason is above.")
 
@@ -262,6 +266,8 @@ def open_lab() -> int:
     """JupyterLab on the start page until it is stopped; its exit status."""
     command = [python(), "-m", "jupyterlab", f"--ServerApp.root_dir={ROOT}"]
     command += ["--LabApp.default_url=/lab/tree/work/start.ipynb"]
+    # Else a notebook saved with its widgets shows "model not found" in their place once the kernel is gone.
+    command += ["--NotebookNotary.db_file=:memory:"]
     if LINUX and not any(os.environ.get(name) for name in ("DISPLAY", "WAYLAND_DISPLAY", "BROWSER")):
         command += ["--no-browser"]
     if hasattr(os, "geteuid") and os.geteuid() == 0:
@@ -303,7 +309,7 @@ def test() -> int:
         "lint": ["ruff", "check", "."],
         "format": ["ruff", "format", "--check", "."],
         "types": ["mypy"],
-        "tests and notebooks": ["pytest", "-n", "auto", "--dist", "loadgroup", "--nbval", "tests", "notebooks"],
+        "tests and notebooks": ["pytest", "-n", "auto", "--nbval", "tests", "notebooks"],
     }
     workers = os.environ.get("PYTEST_XDIST_AUTO_NUM_WORKERS", str(cores()))
     began = time.monotonic()

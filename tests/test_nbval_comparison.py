@@ -87,7 +87,7 @@ def refused(tmp_path_factory):
         (folder / f"book{number}.ipynb").write_text(nb.text(copy), encoding="utf-8")
     report = folder / "report.xml"
     command = [sys.executable, "-m", "pytest", "-c", "pyproject.toml", "-p", "conftest", "-p", "no:cacheprovider"]
-    command += ["-q", "-n", "2", "--dist", "loadscope", "--nbval", f"--junitxml={report}", str(folder)]
+    command += ["-q", "-n", "2", "--nbval", f"--junitxml={report}", str(folder)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, encoding="utf-8")
     assert report.exists(), done.stdout + done.stderr
     cases = list(ElementTree.parse(report).iter("testcase"))

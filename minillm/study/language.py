@@ -128,11 +128,6 @@ def date(moment: datetime) -> str:
     return moment.astimezone().date().isoformat()
 
 
-def tonight(now: datetime) -> datetime:
-    """The end of the local day: what falls due later today is due, at whatever time it was rated."""
-    return now.astimezone().replace(hour=23, minute=59, second=59, microsecond=0)
-
-
 def in_days(moment: datetime, now: datetime, language: str) -> str:
     """How far `moment` is from `now` in local calendar days: "today", "in 3 days", "2 days ago"."""
     days = (moment.astimezone().date() - now.astimezone().date()).days

@@ -9,7 +9,7 @@ from typing import Any
 import ipywidgets as widgets
 
 from minillm.study import markup, parts, registry, schedule, session
-from minillm.study.language import LANGUAGES, WORDS, area_name, date, in_days, tonight
+from minillm.study.language import LANGUAGES, WORDS, area_name, date, in_days
 from minillm.study.registry import AnswerError, Question
 from minillm.study.store import Event, StoreError
 
@@ -101,7 +101,7 @@ class Overview:
         words, language, now = WORDS[self.switch.value], self.switch.value, datetime.now(UTC)
         rated = {event.question for event in self.events if event.kind == "rating"} & set(self.questions)
         times = {id: schedule.due_at(self.events, id) or now for id in rated}
-        due = [id for id in schedule.due(self.events, tonight(now)) if id in rated]
+        due = [id for id in schedule.due(self.events, now) if id in rated]
         new = [id for id, question in self.questions.items() if id not in rated and question.level == "core"]
         lines = [f"{self.link(id)} {_quiet(words['since'].format(date=date(times[id])))}" for id in due]
         if not rated and self.questions:
@@ -113,10 +113,10 @@ class Overview:
         if rated and new:
             lines.append(words["next_new"].format(link=self.link(new[0])))
         items = "".join(f"<p>{line}</p>" for line in lines)
-        self.due.value = f'<div class="minillm-title">{words["due"]}</div>{items}'
+        self.due.value = f'<div class="minillm-title"><b>{words["due"]}</b></div>{items}'
 
     def show_progress(self) -> None:
-        language, now = self.switch.value, tonight(datetime.now(UTC))
+        language, now = self.switch.value, datetime.now(UTC)
         rows = []
         for area, counts in schedule.progress(self.events, self.questions, now).items():
             text = WORDS[language]["counts"].format(**vars(counts))
@@ -126,7 +126,7 @@ class Overview:
                 f"<tr><td>{area_name(area, language)}</td>"
                 f'<td><div class="minillm-bar" title="{text}">{bar}</div></td><td>{_quiet(text)}</td></tr>'
             )
-        title = f'<div class="minillm-section">{WORDS[language]["progress"]}</div>'
+        title = f'<div class="minillm-section"><b>{WORDS[language]["progress"]}</b></div>'
         self.progress.value = f'{title}<table class="minillm-progress">{"".join(rows)}</table>'
 
     def show_map(self) -> None:
@@ -149,7 +149,7 @@ class Overview:
 
     def state(self, id: str) -> str:
         """What the learner did with a question, as labels: due, solved, seen; else new."""
-        counts = schedule.progress(self.events, [id], tonight(datetime.now(UTC)))[self.questions[id].area]
+        counts = schedule.progress(self.events, [id], datetime.now(UTC))[self.questions[id].area]
         names = [name for name in ("due", "solved", "seen") if getattr(counts, name)] or ["new"]
         if "due" in names or "solved" in names:
             names = [name for name in names if name != "seen"]

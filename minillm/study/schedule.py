@@ -40,9 +40,14 @@ def preview(events: Iterable[Event], question: str, now: datetime) -> dict[int, 
 
 
 def due(events: Iterable[Event], now: datetime) -> list[str]:
-    """The ids of the rated questions whose time has come, the longest overdue first."""
-    now, cards = _utc(now), _cards(events)
-    return sorted((id for id, card in cards.items() if card.due <= now), key=lambda id: (cards[id].due, id))
+    """The ids of the rated questions that are due on the local day of `now`, at whatever hour; the oldest first."""
+    end, cards = tonight(_utc(now)), _cards(events)
+    return sorted((id for id, card in cards.items() if card.due <= end), key=lambda id: (cards[id].due, id))
+
+
+def tonight(now: datetime) -> datetime:
+    """The end of the local day: what falls due later today is due, at whatever time it was rated."""
+    return now.astimezone().replace(hour=23, minute=59, second=59, microsecond=0)
 
 
 def progress(events: Iterable[Event], questions: Iterable[str], now: datetime | None = None) -> dict[str, Progress]:

@@ -80,7 +80,9 @@ def test_due_lists_the_longest_overdue_first() -> None:
         rating(2, START, "a/also"),
         attempt("passed", "a/never-rated"),
     ]
-    assert due(events, START + DAY - timedelta(microseconds=1)) == []
+    tomorrow = (START + DAY).astimezone().replace(hour=0, minute=0, second=0)  # where the learner is
+    assert due(events, tomorrow - timedelta(microseconds=1)) == []
+    assert due(events, tomorrow) == ["a/also", "a/one"]  # rated in the evening, due in the morning
     assert due(events, START + DAY) == ["a/also", "a/one"]
     assert due(events, START + 9 * DAY) == ["a/also", "a/one", "a/two", "a/eight"]
     assert due([*events, rating(3, START + 9 * DAY, "a/one")], START + 9 * DAY) == ["a/also", "a/two", "a/eight"]

@@ -1,0 +1,1 @@
+"""Architecture: the layers of a decoder and the decoder itself."""

@@ -1,0 +1,1 @@
+"""Position: how a model knows the order of its tokens."""

@@ -30,6 +30,9 @@ atexit.register(shutil.rmtree, _homes, ignore_errors=True)
 os.environ |= nb.kernel_environment(Path(_homes))  # before torch is imported, and never the learner's store
 del os.environ["PYTEST_CURRENT_TEST"]  # pytest sets its own
 
+if shutil.which("nvidia-smi") is None:
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # read at its first import, which torch.compile may cause
+
 OUTPUT_SECONDS = 60  # nbval's 5 s is too short on a busy machine
 
 

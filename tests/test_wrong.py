@@ -19,7 +19,8 @@ from minillm.study.paths import ROOT
 from minillm.study.registry import load_questions
 
 pytestmark = pytest.mark.apart
-PRELOAD = ["torch", "torch.testing", "torch.utils.flop_counter", "einops", "pytest", "beartype"]
+PRELOAD = ["torch", "torch.testing", "torch.utils.flop_counter", "torch._dynamo", "einops", "pytest", "beartype"]
+PRELOAD += [f"transformers.models.{m}.modeling_{m}" for m in ("llama", "mixtral", "qwen3_moe", "deepseek_v3")]
 TIME_LIMIT = 120  # seconds; an edit that makes the tests hang counts as a failure of this test, not of theirs
 
 EXERCISES = {question: load_exercise(question) for question in load_questions()}

@@ -58,7 +58,7 @@ def chromium():
 
 @pytest.fixture(scope="session")
 def lab(tmp_path_factory):
-    """The address of a JupyterLab over a fresh copy of the learner's folder."""
+    """The address of a JupyterLab over a fresh copy of the learner's folder, and where it keeps the learner's data."""
     folder = tmp_path_factory.mktemp("lab")
     for name in ("answers", "notebooks"):
         shutil.copytree(ROOT / name, folder / name)
@@ -84,7 +84,7 @@ def lab(tmp_path_factory):
                 time.sleep(0.2)
         else:
             pytest.fail("JupyterLab did not answer within a minute: " + (folder / "lab.log").read_text()[-2000:])
-        yield address
+        yield address, folder / "home"
     finally:
         server.terminate()
         server.wait(30)
@@ -93,8 +93,8 @@ def lab(tmp_path_factory):
 class Page:
     """A browser page with JupyterLab in it, in the words of these tests."""
 
-    def __init__(self, page, address: str) -> None:
-        self.page, self.address = page, address
+    def __init__(self, page, address: str, home: Path) -> None:
+        self.page, self.address, self.home = page, address, home
         self.problems: list[str] = []
         page.on("pageerror", lambda error: self.problems.append(str(error)))
 
@@ -148,7 +148,7 @@ def page(chromium, lab):
         try:
             tab = browser.new_page(viewport={"width": 1280, "height": 1900})
             tab.set_default_timeout(60_000)
-            shown = Page(tab, lab)
+            shown = Page(tab, *lab)
             yield shown
             assert shown.problems == []
         finally:

@@ -6,10 +6,10 @@ import pytest
 
 from minillm.study.checker import fill
 from minillm.study.exercise import load_exercise
+from minillm.study.store import Store
 
 pytestmark = pytest.mark.browser
 FLASH = "work/attention/flash.ipynb"
-SOURCE = "(id) => window.panel.content.widgets.find(cell => cell.model.id === id).model.sharedModel.getSource()"
 
 
 def test_an_evening_with_flash_attention(page):
@@ -63,9 +63,9 @@ def test_an_exercise_failed_diagnosed_reset_restored_and_solved(page):
     page.open(FLASH)
     tab = page.page
     wrong = next(w for w in exercise.wrong if w.name == "output not rescaled")
-    mine = fill(exercise, wrong)
     stub = page.read("exercise")
-    page.write("exercise", f"{stub.splitlines()[0]}\n{mine}")
+    mine = f"{stub.splitlines()[0]}\n{fill(exercise, wrong)}"
+    page.write("exercise", mine)
     page.run_cell("exercise")
     page.run_cell("check")
     verdict = tab.locator(".minillm-app", has=tab.get_by_role("button", name="Reset to the stub"))
@@ -73,18 +73,32 @@ def test_an_exercise_failed_diagnosed_reset_restored_and_solved(page):
     page.show("check")
     page.shot("check-failed", verdict)
 
-    verdict.get_by_role("button", name="Hint").click()
-    verdict.get_by_text(exercise.hints[0]).first.wait_for()
+    for hint in exercise.hints[:2]:  # one a press, and the earlier ones stay
+        verdict.get_by_role("button", name="Hint").click()
+        verdict.get_by_text(hint).wait_for()
+    assert verdict.get_by_text(exercise.hints[0]).is_visible()
     verdict.get_by_role("button", name="Reset to the stub").click()
-    tab.wait_for_function("([r, id, s]) => eval(r)(id).trim() === s.trim()", arg=[SOURCE, "exercise", stub])
+    verdict.get_by_text("This is the stub again.").wait_for()
+    assert page.read("exercise").strip() == stub.strip()
     verdict.get_by_role("button", name="Restore earlier code").click()
-    tab.wait_for_function("([r, id, s]) => eval(r)(id).includes(s)", arg=[SOURCE, "exercise", wrong.replace])
+    verdict.get_by_text("This is your earlier code.").wait_for()
+    assert page.read("exercise").strip() == mine.strip()
+
+    page.write("exercise", "gone = 1")  # without the line that marks the cell
+    verdict.get_by_role("button", name="Reset to the stub").click()
+    verdict.get_by_text("The exercise cell is not in reach here.").wait_for()
+    assert verdict.locator("textarea").input_value().strip() == stub.strip()
+    assert page.read("exercise") == "gone = 1"
 
     page.write("exercise", f"{stub.splitlines()[0]}\n{fill(exercise)}")
     page.run_cell("exercise")
     page.run_cell("check")
     tab.get_by_text(re.compile("attention/flash: passed")).first.wait_for()
     page.shot("check-passed", verdict)
+    with Store(page.home / "study.db") as store:
+        verdicts = [event.data["verdict"] for event in store.events("attempt", "attention/flash")]
+    assert verdicts[0] == "failed"
+    assert verdicts[-1] == "passed"
 
 
 def test_the_start_page_knows_what_was_done(page):

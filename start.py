@@ -90,11 +90,16 @@ def say(text: str) -> None:
 # Set-up
 
 
-def torch_version() -> str:
-    """The version that pyproject.toml pins torch to; it is written nowhere else by hand."""
+def pyproject() -> dict:
+    """What pyproject.toml says."""
     import tomllib
 
-    listed = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["dependencies"]
+    return tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+
+
+def torch_version() -> str:
+    """The version that pyproject.toml pins torch to; it is written nowhere else by hand."""
+    listed = pyproject()["project"]["dependencies"]
     return next(d.split("==")[1] for d in listed if d.startswith("torch=="))
 
 
@@ -109,15 +114,14 @@ def read_stamp() -> dict:
 
 def new_stamp(extras: list, torch: str) -> dict:
     """What set-up writes when it comes to its end now."""
-    inputs = hashlib.sha256()
-    for name in (LOCK, "pyproject.toml"):
-        inputs.update((ROOT / name).read_bytes())
+    said = pyproject()
+    parts = [said["build-system"], said["project"], said["tool"]["hatch"], (ROOT / LOCK).read_text(encoding="utf-8")]
     return {
         "python": HERE,
         "root": str(ROOT),
         "torch": torch,
         "extras": sorted(extras),
-        "inputs": inputs.hexdigest(),
+        "inputs": hashlib.sha256(json.dumps(parts).encode()).hexdigest(),
     }
 
 
@@ -180,8 +184,8 @@ def explain(log: str, what: str) -> str:
         return f"the disk is full, so {what} could not be installed; free some space and run this again."
     if NO_NETWORK.search(log):
         return (
-            f"the network is missing, so {what} could not be downloaded; connect (or set HTTPS_PROXY) and run "
-            "this again: it goes on where it stopped."
+            f"the network is missing or blocked, so {what} could not be downloaded; connect (or set HTTPS_PROXY) "
+            "and run this again: it goes on where it stopped."
         )
     if "No matching distribution found" in log:
         return f"there is no {what} for Python {HERE} on this machine; pip's message is above."
@@ -352,11 +356,9 @@ def environment_yml(listed: dict, lock: str) -> str:
 
 def lock() -> int:
     """Write requirements.lock and environment.yml anew from pyproject.toml, newest versions, with uv."""
-    import tomllib
-
     prepare(STUDY)
     pip("uv", "-q", "uv")
-    listed = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    listed = pyproject()["project"]
     extras = [word for extra in TEST for word in ("--extra", extra)]
     options = ["--universal", "--no-annotate", "--no-header", "--no-emit-index-url", "--no-emit-find-links"]
     done, text = ask(python(), "-m", "uv", "pip", "compile", "-q", "pyproject.toml", *extras, *options)
@@ -392,7 +394,10 @@ def main(arguments: "list[str]") -> int:
         if asked.command == "bench":
             return run(python(), "tools/bench.py", *rest)
         sync()
-        return 0 if asked.command == "setup" else open_lab()
+        if asked.command == "setup":
+            say("Ready: python start.py opens JupyterLab.")
+            return 0
+        return open_lab()
     except SetupError as error:
         print(f"start.py: {error}", file=sys.stderr)
         return 1

@@ -1,7 +1,9 @@
 """Saved notebooks are in order, and the tool that runs and checks them does what it says."""
 
+import ast
 import base64
 import io
+from pathlib import Path
 
 import nbformat
 import pytest
@@ -121,17 +123,19 @@ def ran(tmp_path_factory):
     """A notebook that draws and measures, after its first run; each test works on the text."""
     path = tmp_path_factory.mktemp("ran") / "a.ipynb"
     reason = {"metadata": IGNORED | {"minillm": {"reason": "a clock"}}}
-    saved(path, ("draw", DRAW, {}), ("measure", MEASURE, reason), ("own", "import os\nos.environ['MINILLM_HOME']", {}))
+    own = "import os, urllib.request\nos.environ['MINILLM_HOME'], urllib.request.getproxies()['https']"
+    saved(path, ("draw", DRAW, {}), ("measure", MEASURE, reason), ("own", own, {}))
     assert nb.run(path).endswith("saved")
     return path.read_text(encoding="utf-8")
 
 
-def test_a_run_keeps_the_learners_store_out_of_reach(ran, monkeypatch):
+def test_a_run_reaches_neither_the_learners_store_nor_the_network(ran, monkeypatch):
     from minillm.study.paths import data_dir
 
-    home = nbformat.reads(ran, as_version=4).cells[2].outputs[0].data["text/plain"]
+    home, proxy = ast.literal_eval(nbformat.reads(ran, as_version=4).cells[2].outputs[0].data["text/plain"])
     monkeypatch.delenv("MINILLM_HOME")
-    assert str(data_dir()) not in home
+    assert not Path(home).is_relative_to(data_dir())
+    assert proxy == nb.NOWHERE
 
 
 def outputs_after(path, text, old, new, **options):

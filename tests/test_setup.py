@@ -296,14 +296,23 @@ def test_a_moved_checkout_gets_a_new_venv(start, machine, monkeypatch, tmp_path)
     assert machine.kinds() == ["venv", "torch", "packages"]
 
 
-@pytest.mark.parametrize("name", ["requirements.lock", "pyproject.toml"])
-def test_a_new_lock_is_installed_into_the_same_venv(start, machine, name):
+@pytest.mark.parametrize(
+    ("name", "old", "new", "kinds"),
+    [
+        ("requirements.lock", "fsrs==", "fsrs==9", ["torch", "packages"]),
+        ("pyproject.toml", "numpy>=2", "numpy>=2.1", ["torch", "packages"]),
+        ("pyproject.toml", "line-length = 120", "line-length = 90", []),
+    ],
+)
+def test_new_pins_are_installed_into_the_same_venv(start, machine, name, old, new, kinds):
     start.prepare(start.STUDY)
     machine.commands.clear()
-    with (machine.root / name).open("a", encoding="utf-8") as file:
-        file.write("# new\n")
+    path = machine.root / name
+    text = path.read_text(encoding="utf-8")
+    assert text.count(old) == 1
+    path.write_text(text.replace(old, new), encoding="utf-8")
     start.prepare(start.STUDY)
-    assert machine.kinds() == ["torch", "packages"]
+    assert machine.kinds() == kinds
 
 
 def test_tests_need_more_and_studying_after_them_nothing(start, machine):

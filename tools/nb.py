@@ -47,6 +47,12 @@ NOTEBOOK_METADATA: dict[str, Any] = {
 WIDGET = "application/vnd.jupyter.widget-view+json"
 
 
+# Nobody listens there: what downloads in spite of the rule fails, and at once.
+NOWHERE = "http://127.0.0.1:9"
+OFFLINE = {name: NOWHERE for word in ("http", "https", "all") for name in (f"{word}_proxy", f"{word.upper()}_PROXY")}
+OFFLINE |= {"no_proxy": "localhost,127.0.0.1", "NO_PROXY": "localhost,127.0.0.1", "HF_HUB_OFFLINE": "1"}
+
+
 def notebooks(paths: Iterable[Path] = ()) -> list[Path]:
     """The notebooks named, or below the folders named, or below notebooks/."""
     found = []
@@ -59,8 +65,8 @@ def notebooks(paths: Iterable[Path] = ()) -> list[Path]:
 def kernel_environment(home: Path) -> dict[str, str]:
     """What a kernel needs in its environment to give the outputs of every machine; `home` is an empty folder.
 
-    The learner's own store and IPython profile are out of reach. PYTEST_CURRENT_TEST makes ipykernel leave the output
-    of child processes alone, as it does under nbval.
+    The learner's own store and IPython profile are out of reach, and so is the network. PYTEST_CURRENT_TEST makes
+    ipykernel leave the output of child processes alone, as it does under nbval.
     """
     return {
         "OMP_NUM_THREADS": "1",
@@ -69,6 +75,7 @@ def kernel_environment(home: Path) -> dict[str, str]:
         "IPYTHONDIR": str(home / "ipython"),
         "PYTEST_CURRENT_TEST": "notebook",
         "PYDEVD_DISABLE_FILE_VALIDATION": "1",
+        **OFFLINE,
     }
 
 
@@ -140,7 +147,9 @@ def execute(book: Any, folder: Path, seconds: int = 120) -> None:
     client = NotebookClient(book, timeout=seconds, kernel_name="python3", resources={"metadata": {"path": str(folder)}})
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as home:
         env = dict(os.environ) | kernel_environment(Path(home))
-        asyncio.run(client.async_execute(env=env, stderr=subprocess.DEVNULL))  # ipykernel's own advice goes there
+        # stderr: ipykernel's own advice goes there. The loop: Windows' default one cannot wait for ZeroMQ.
+        with asyncio.Runner(loop_factory=asyncio.SelectorEventLoop) as runner:
+            runner.run(client.async_execute(env=env, stderr=subprocess.DEVNULL))
 
 
 def run(path: Path, *, fresh: bool = False) -> str:

@@ -1,0 +1,1 @@
+"""Inference: from a trained model to text."""

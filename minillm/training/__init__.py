@@ -1,0 +1,1 @@
+"""How a model learns: objectives, schedules, optimizers and the loop around them."""

@@ -46,7 +46,7 @@ def attention_table() -> None:
     for t in (1024, 2048, 4096, 8192, 16384):
         q, k, v = (x.requires_grad_() for x in torch.randn(3, 1, 1, t, 64).unbind())
         calls = {name: partial(forward_and_backward, method, q, k, v) for name, method in METHODS.items()}
-        seconds = interleaved(calls, RUNS if t <= 4096 else 1)
+        seconds = interleaved(calls, RUNS if t <= 4096 else 2)
         memory = {name: peak_memory(partial(method, q, k, v)) for name, method in METHODS.items()}
         row = [f"{seconds[name] / seconds['sdpa']:>10.2f}x {memory[name] / 2**20:>8.1f}" for name in METHODS]
         print(f"{t:>6}  " + "  ".join(row), flush=True)
@@ -65,6 +65,7 @@ def import_table() -> None:
 
 def main() -> None:
     torch.manual_seed(0)
+    torch.set_num_threads(1)  # waiting threads would count as processor time
     print(f"torch {torch.__version__}, {torch.get_num_threads()} thread(s), processor time\n")
     attention_table()
     import_table()

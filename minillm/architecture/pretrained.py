@@ -97,6 +97,7 @@ def read_config(folder: Path) -> Config:
     if family not in ARCHITECTURES:
         raise ValueError(f"{path}: model_type must be one of {', '.join(ARCHITECTURES)}, it is {family!r}")
     rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
+    rope = rope if isinstance(rope, dict) else {"rope_type": rope}
     turned = {"rope_type", "type", "rope_theta"}  # any other entry changes the rotation
     refused = {
         "rope_parameters": bool(rope.keys() - turned)
@@ -116,8 +117,8 @@ def read_config(folder: Path) -> Config:
     def number(*names: str, default: int | float | None = None) -> Any:
         found = [raw[name] for name in names if raw.get(name) is not None]
         value = found[0] if found else default
-        if isinstance(value, bool) or not isinstance(value, int | float):
-            raise ValueError(f"{path}: {' or '.join(names)} must be a number, it is {value!r}")
+        if isinstance(value, bool) or not isinstance(value, int | float) or value <= 0:
+            raise ValueError(f"{path}: {' or '.join(names)} must be a number above 0, it is {value!r}")
         return value
 
     heads, width, moe = number("num_attention_heads"), number("hidden_size"), family in ("mixtral", "qwen3_moe")

@@ -92,7 +92,7 @@ def attend(
     g, s = k.shape[1:3]
     mask = None if visible is None else visible[:, None]  # b 1 t s
     if t == 1:
-        return F.scaled_dot_product_attention(q.view(b, g, h // g, d), k, v, attn_mask=mask).view(b, h, 1, d)
+        return F.scaled_dot_product_attention(q.reshape(b, g, h // g, d), k, v, attn_mask=mask).view(b, h, 1, d)
     k, v = repeat_heads(k, h // g), repeat_heads(v, h // g)
     if mask is None and t < s:
         mask = causal_mask(t, s, device=q.device)

@@ -81,13 +81,14 @@ def stream(
     check_request(model, ids, new_tokens, real)
     b, t = ids.shape
     cache = Cache(model.config, b, t + new_tokens, like=model.embedding)
+    wide = torch.promote_types(model.embedding.dtype, torch.float32)
     positions = mask = seen = None
     if real is not None and not bool(real.all()):
         seen = torch.cat([real, real.new_ones(b, new_tokens)], dim=1)  # what may be looked at, of all there will be
         positions, mask = padded_positions(real), padded_mask(real)
     hidden = model.hidden(ids, cache=cache, positions=positions, visible=mask)
     for step in range(new_tokens):
-        tokens = pick(F.linear(hidden[:, -1], model.unembedding))  # logits of the last position only
+        tokens = pick(F.linear(hidden[:, -1], model.unembedding).to(wide))  # logits of the last position only
         yield tokens
         if step + 1 == new_tokens:
             return

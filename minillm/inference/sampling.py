@@ -3,7 +3,8 @@
 Idea:        Dividing logits by a temperature sharpens (below 1) or flattens (above 1) the distribution. The cuts give
              minus infinity to unlikely tokens: the k best (top-k), the smallest set that holds the mass p (top-p), or
              what is at least a share of the best token's probability (min-p). All cut the tail and keep the head, so
-             none of them breaks a loop of likely tokens.
+             none of them breaks a loop of likely tokens. The order counts: a temperature before top-p or min-p changes
+             what they keep, as in transformers; top-k does not care.
 Cost:        O(v) a sequence and step; top-p sorts, O(v log v).
 Paper:       Fan et al. 2018, arXiv:1805.04833 (top-k); Holtzman et al. 2019, arXiv:1904.09751 (top-p); Nguyen et al.
              2024, arXiv:2407.01082 (min-p).
@@ -45,10 +46,13 @@ def top_p(logits: Float[Tensor, "*b v"], p: float) -> Float[Tensor, "*b v"]:
     """
     if not 0 < p <= 1:
         raise ValueError(f"top_p must be above 0 and at most 1, got {p}")
+    if p == 1:  # a sum of rounded probabilities may reach 1 too early
+        return logits
     ranked, order = logits.sort(dim=-1, descending=True)
-    probabilities = ranked.softmax(dim=-1)
+    probabilities = ranked.to(torch.promote_types(logits.dtype, torch.float32)).softmax(dim=-1)
     before = probabilities.cumsum(dim=-1) - probabilities  # mass of the more likely tokens
-    return logits.masked_fill((before >= p).scatter(-1, order, before >= p), -math.inf)
+    cut = torch.zeros_like(logits, dtype=torch.bool).scatter(-1, order, before >= p)
+    return logits.masked_fill(cut, -math.inf)
 
 
 def min_p(logits: Float[Tensor, "*b v"], p: float) -> Float[Tensor, "*b v"]:
@@ -64,7 +68,7 @@ def min_p(logits: Float[Tensor, "*b v"], p: float) -> Float[Tensor, "*b v"]:
 
 
 def draw(logits: Float[Tensor, "*b v"], *, generator: torch.Generator | None = None) -> Int[Tensor, "*b"]:
-    """A token of each row by its probability: the largest logit after adding Gumbel noise.
+    """A token of each row by its probability: the largest logit after adding Gumbel noise, -log(exponential noise).
 
     The noise is drawn on the generator's device, so a seed gives the same tokens wherever the logits are.
     """

@@ -1,5 +1,6 @@
 """Benchmarks: ratios measured in one run on this machine, never asserted. `python start.py bench`."""
 
+import os
 import statistics
 import subprocess
 import sys
@@ -13,6 +14,7 @@ import torch.nn.functional as F
 
 from minillm.attention import flash, naive
 from minillm.measure import peak_memory
+from minillm.study.paths import ROOT
 
 METHODS: dict[str, Callable[..., Any]] = {
     "sdpa": lambda q, k, v: F.scaled_dot_product_attention(q, k, v, is_causal=True),
@@ -54,13 +56,14 @@ def attention_table() -> None:
 
 def import_table() -> None:
     print("\nImport time of a module beyond `import torch`, median of 7 fresh processes (milliseconds):")
-    for module in ("minillm.attention.naive", "minillm.attention.flash", "minillm.attention.dispatch"):
-        code = f"import time, torch; a = time.perf_counter(); import {module}; print((time.perf_counter() - a) * 1e3)"
+    for module in ("attention.naive", "attention.flash", "attention.dispatch", "architecture.transformer"):
+        begin, end = "a = time.perf_counter()", "print((time.perf_counter() - a) * 1e3)"
+        code = f"import time, torch; {begin}; import minillm.{module}; {end}"
         times = [
             float(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout)
             for _ in range(7)
         ]
-        print(f"  {module:<32} {statistics.median(times):6.1f}")
+        print(f"  minillm.{module:<32} {statistics.median(times):6.1f}")
 
 
 def main() -> None:
@@ -69,6 +72,9 @@ def main() -> None:
     print(f"torch {torch.__version__}, {torch.get_num_threads()} thread(s), processor time\n")
     attention_table()
     import_table()
+    for tool in (["bench_bpe"], ["bench_model"], ["bench_model", "--threads", str(os.cpu_count() or 1)]):
+        print(flush=True)
+        subprocess.run([sys.executable, "-m", f"tools.{tool[0]}", *tool[1:]], cwd=ROOT, check=True)
 
 
 if __name__ == "__main__":

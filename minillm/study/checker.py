@@ -8,7 +8,6 @@ import inspect
 import linecache
 import os
 import re
-import time
 from collections.abc import Callable
 from contextlib import suppress
 from types import CodeType
@@ -151,7 +150,7 @@ class _Attempt:
         self.exercise, self.function, self.limit = exercise, function, time_limit
         self.asked, self.tolerance = trial.asked(exercise), Tolerance(exercise.rtol, exercise.atol)
         self.files = frozenset(map(guard.normal, reference_files(exercise)))
-        self.end = time.monotonic() + time_limit
+        self.watch = guard.Stopwatch()
         self.outcomes: list[Outcome] = []
 
     def verdict(self) -> Verdict:
@@ -205,7 +204,7 @@ class _Attempt:
         return trial.run(self.exercise, asked, self.function, lambda work: self.call(work, where), seed)
 
     def call(self, work: Callable[[], Any], where: str) -> guard.Call:
-        called = guard.call(work, max(0.0, self.end - time.monotonic()), self.is_reference)
+        called = guard.call(work, max(0.0, self.limit - self.watch.seconds), self.is_reference)
         if called.watched:
             raise _Early(Verdict("invalid", f"It runs minillm's own {self.exercise.module}.py: write it yourself."))
         if called.expired:

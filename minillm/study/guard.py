@@ -192,10 +192,23 @@ def _work(function: Callable[[], Any], result: _Result, watch: Callable[[CodeTyp
             result.raised = _raised(error)
 
 
+class Stopwatch:
+    """Seconds since it was made: those of the processor where they are fewer, since a machine busy with other things is
+    no fault of the code that waits for it; but a third of the wall clock's at least, since code may wait for nothing."""
+
+    def __init__(self) -> None:
+        self.wall, self.processor = time.monotonic(), time.process_time()
+
+    @property
+    def seconds(self) -> float:
+        wall, processor = time.monotonic() - self.wall, time.process_time() - self.processor
+        return min(wall, max(processor, wall / 3))
+
+
 def _joined(thread: threading.Thread, seconds: float) -> bool:
     """Waits in short steps, because Windows does not let Ctrl-C end a longer wait."""
-    end = time.monotonic() + seconds
-    while thread.is_alive() and (left := end - time.monotonic()) > 0:
+    watch = Stopwatch()
+    while thread.is_alive() and (left := seconds - watch.seconds) > 0:
         thread.join(min(left, 0.1))
     return not thread.is_alive()
 

@@ -363,6 +363,23 @@ def test_time_limit(task, monkeypatch, function, stuck):
     assert ("restart the kernel" in verdict.diagnosis) is stuck
 
 
+@pytest.mark.parametrize(
+    ("wall", "processor", "seconds"),
+    [
+        (10.0, 4.0, 4.0),  # a busy machine gave it 4 seconds
+        (9.0, 0.0, 3.0),  # it sleeps
+        (10.0, 30.0, 10.0),  # three threads
+    ],
+)
+def test_a_busy_machine_does_not_count(monkeypatch, wall, processor, seconds):
+    now = [100.0, 50.0]
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(time, "process_time", lambda: now[1])
+    watch = guard.Stopwatch()
+    now[:] = [100.0 + wall, 50.0 + processor]
+    assert watch.seconds == pytest.approx(seconds)
+
+
 def test_time_limit_holds_in_probes_and_for_all_calls_together(task):
     def slow(x, w, keepdim=False):
         while x.shape[0] == 100:

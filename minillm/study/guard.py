@@ -193,8 +193,8 @@ def _work(function: Callable[[], Any], result: _Result, watch: Callable[[CodeTyp
 
 
 class Stopwatch:
-    """Seconds since it was made: those of the processor where they are fewer, since a machine busy with other things is
-    no fault of the code that waits for it; but a third of the wall clock's at least, since code may wait for nothing."""
+    """Seconds since it was made: those of the processor where they are fewer, since a machine busy with other things
+    is no fault of the code that waits for it; but a third of the wall clock's at least, since code may just sleep."""
 
     def __init__(self) -> None:
         self.wall, self.processor = time.monotonic(), time.process_time()

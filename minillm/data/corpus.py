@@ -7,7 +7,7 @@ Idea:        Documents of any length become rows of one length: write them one a
 Cost:        One pass. Nothing is padded; fewer than t tokens at the end are dropped. Every cut costs a document its
              context: n tokens of documents in rows of t are cut about n / t times.
 Paper:       Packing with separators: Brown et al. 2020, arXiv:2005.14165, appendix B. The mask: Zhao et al. 2024,
-             arXiv:2402.13991 (intra-document causal masking). Bits per byte: Gao et al. 2020, arXiv:2101.00027.
+             arXiv:2402.13991 (intra-document causal masking).
 Production:  transformers.DataCollatorWithFlattening (positions); create_mask of torch.nn.attention.flex_attention with
              a document mask; torchdata's StatefulDataLoader (position of the loader).
 Leaves out:  best-fit packing, which cuts no document that fits a row (Ding et al. 2024, arXiv:2404.10830); streaming
@@ -15,19 +15,19 @@ Leaves out:  best-fit packing, which cuts no document that fits a row (Ding et a
 """
 
 import lzma
-import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Int
 from torch import Tensor
 
 from minillm.data.bpe import Tokenizer
 
 AUSTEN = Path(__file__).with_name("austen.txt.xz")  # see ORIGIN.md
+AUSTEN_2M = Path(__file__).with_name("austen-2m")  # a small model trained on it: checkpoint and tokenizer
 HELD_OUT = 20  # every 20th chapter is held out
 
 
@@ -147,18 +147,3 @@ def token_bytes(tokenizer: Tokenizer) -> Int[Tensor, " v"]:
     for i in tokenizer.vocabulary.values():
         lengths[i] = len(tokenizer.bytes_of[i])
     return lengths
-
-
-def bits_per_byte(nats: Float[Tensor, "*b"], targets: Int[Tensor, "*b"], lengths: Int[Tensor, " v"]) -> float:
-    """Loss in bits a byte of text, comparable between tokenizers: from nats of each target and `token_bytes`.
-
-    Targets without text (special tokens) count neither as loss nor as bytes.
-
-    >>> nats = torch.tensor([3.0, 1.0]) * math.log(2)
-    >>> round(bits_per_byte(nats, torch.tensor([0, 1]), torch.tensor([2, 6])), 6)      # 4 bits for 8 bytes
-    0.5
-    """
-    size = lengths.to(targets.device)[targets]
-    if not size.any():
-        raise ValueError("bits per byte needs targets that are text, got special tokens or none")
-    return (nats.double() * (size > 0)).sum().item() / math.log(2) / size.sum().item()

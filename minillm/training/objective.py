@@ -9,7 +9,8 @@ Cost:        Head and loss: 6 n c v floating-point operations for n tokens, forw
              and their gradients are held; in chunks, chunk x v, and c (n + v) for the gradients.
 Paper:       Devlin et al. 2018, "BERT", arXiv:1810.04805, section 3.1 (masked); Raffel et al. 2019, "T5",
              arXiv:1910.10683, section 3.2 (prefix); Hsu et al. 2024, "Liger Kernel", arXiv:2410.10989 (head and
-             loss in chunks, their gradients in the forward pass).
+             loss in chunks, their gradients in the forward pass); Gao et al. 2020, "The Pile", arXiv:2101.00027,
+             (bits per byte).
 Production:  transformers ForCausalLMLoss and DataCollatorForLanguageModeling (the same draws from one generator);
              torch.nn.functional.cross_entropy; LigerFusedLinearCrossEntropyLoss.
 Leaves out:  label smoothing, z-loss, whole-word and span masking.

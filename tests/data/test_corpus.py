@@ -4,7 +4,6 @@ import hashlib
 import io
 import json
 import lzma
-import math
 import struct
 import tarfile
 import zlib
@@ -16,7 +15,7 @@ import torch.nn.functional as F
 
 from minillm.data import corpus
 from minillm.data.bpe import train
-from minillm.data.corpus import Loader, Rows, bits_per_byte, document_mask, documents, pack, positions, token_bytes
+from minillm.data.corpus import Loader, Rows, document_mask, documents, pack, positions, token_bytes
 from tools import corpus as builder
 
 # The shipped text
@@ -275,7 +274,7 @@ def test_refuses_batches_that_cannot_be_filled(batch):
         Loader(numbered(12), batch)
 
 
-# Bits per byte
+# Bytes
 
 
 def test_token_bytes_add_up_to_the_text():
@@ -286,30 +285,6 @@ def test_token_bytes_add_up_to_the_text():
     assert lengths[ids].sum() == len(text.encode())
     assert lengths[list(tokenizer.special.values())].tolist() == [0, 0, 0]
     assert lengths.shape == (500,)
-
-
-def test_bits_per_byte_do_not_depend_on_the_tokenizer():
-    # A model that gives every byte 1/256 says 8 bits a byte, whatever its tokens are; the end of the text is no text.
-    text = documents("held_out")[0][:3000]
-    for size in (259, 300, 700):
-        tokenizer = train([text], size)
-        ids = torch.tensor([*tokenizer.encode(text), tokenizer.special["<|endoftext|>"]])
-        lengths = token_bytes(tokenizer)
-        nats = math.log(256) * lengths[ids]
-        nats[-1] = 100.0
-        # 3,000 float32 numbers of relative rounding 6e-8, added in float64
-        assert bits_per_byte(nats, ids, lengths) == pytest.approx(8, rel=1e-6)
-
-
-def test_bits_per_byte_by_hand():
-    # ln 16 nats are 4 bits and ln 4 nats 2 bits; 1 + 2 bytes: 6 bits / 3 bytes = 2. Any shape.
-    nats, targets = torch.tensor([[16.0, 4.0]]).log(), torch.tensor([[0, 1]])
-    assert bits_per_byte(nats, targets, torch.tensor([1, 2])) == pytest.approx(2, rel=1e-6)  # float32 logarithms
-
-
-def test_refuses_bits_per_byte_of_no_text():
-    with pytest.raises(ValueError, match="needs targets that are text"):
-        bits_per_byte(torch.ones(2), torch.tensor([0, 0]), torch.tensor([0, 1]))
 
 
 def test_the_shipped_file_is_the_one_described():

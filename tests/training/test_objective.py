@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from minillm.data import corpus
+from minillm.data import bpe, corpus
 from minillm.measure import flops, peak_memory
 from minillm.training.objective import (
     IGNORE,
@@ -393,14 +393,19 @@ def test_prefix_mask_is_causal_after_the_prefix_and_open_inside():
 # Bits per byte
 
 
-def test_bits_per_byte_equals_that_of_the_corpus():
-    nats, targets, lengths = randn(20).abs(), tokens(20, v=5), torch.tensor([1, 3, 2, 7, 1])
-    expected = corpus.bits_per_byte(nats, targets, lengths)
-    assert bits_per_byte(nats.sum().item(), int(lengths[targets].sum())) == pytest.approx(expected)
+@pytest.mark.parametrize("size", [259, 300, 700])
+def test_bits_per_byte_do_not_depend_on_the_tokenizer(size):
+    # a model that gives every byte 1/256 says 8 bits a byte, whatever its tokens are; nats a token depend on them
+    text = corpus.documents("held_out")[0][:3000]
+    tokenizer = bpe.train([text], size)
+    nats = math.log(256) * corpus.token_bytes(tokenizer)[torch.tensor(tokenizer.encode(text))].double()
+    assert bits_per_byte(nats.sum().item(), len(text.encode())) == pytest.approx(8.0)
+    assert (nats.mean() > 1.5 * math.log(256)) == (size == 700)
 
 
-def test_a_uniform_guess_of_bytes_is_8_bits():
-    assert bits_per_byte(100 * math.log(256), 100) == pytest.approx(8.0)
+def test_bits_per_byte_by_hand():
+    # ln 16 nats are 4 bits and ln 4 nats 2 bits: 6 bits for 3 bytes
+    assert bits_per_byte(math.log(16) + math.log(4), 3) == pytest.approx(2.0)
 
 
 # Refusals

@@ -23,7 +23,8 @@ from bisect import bisect_right
 from collections.abc import Callable, Sequence
 from typing import Literal, NamedTuple
 
-from jaxtyping import Float
+import torch
+from jaxtyping import Float, Int
 from torch import Tensor
 
 
@@ -90,6 +91,19 @@ def wsd(
         raise ValueError(f"warmup + decay must fit into total, got {warmup} + {decay} and {total}")
     down = cooldown(progress(step, total - decay, total)) if step > total - decay else 1.0
     return linear_warmup(step, warmup=warmup) * (floor + (1 - floor) * down)
+
+
+def wsd_schedule(
+    steps: Int[Tensor, " n"], *, warmup: int, total: int, decay: int, floor: float = 0.0
+) -> Float[Tensor, " n"]:
+    """`wsd` of every step given, in float32, with the cool-down 1 - sqrt(x).
+
+    >>> import torch
+    >>> wsd_schedule(torch.tensor([1, 2, 6, 7, 10, 99]), warmup=2, total=10, decay=4, floor=0.1)
+    tensor([0.5000, 1.0000, 1.0000, 0.5500, 0.1000, 0.1000])
+    """
+    factors = [wsd(step, warmup=warmup, total=total, decay=decay, floor=floor) for step in steps.tolist()]
+    return torch.tensor(factors, dtype=torch.float32, device=steps.device)
 
 
 def multi_step(step: int, *, warmup: int, milestones: Sequence[int], factor: float = 0.316) -> float:

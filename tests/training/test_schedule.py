@@ -20,6 +20,7 @@ from minillm.training.schedule import (
     scale_lr,
     straight,
     wsd,
+    wsd_schedule,
 )
 
 STEPS = 101
@@ -79,6 +80,23 @@ def test_wsd_equals_transformers(cooldown, name, phases):
     floor = ours(wsd, warmup=warmup, total=100, decay=decay, cooldown=cooldown, floor=0.25)
     assert floor[warmup:] == pytest.approx([0.25 + 0.75 * x for x in mine[warmup:]])
     assert floor[:warmup] == mine[:warmup]
+
+
+@pytest.mark.parametrize("phases", [(0, 20), (13, 20), (13, 87)])
+def test_the_whole_wsd_schedule_equals_transformers(phases):
+    import transformers as hf
+
+    warmup, decay = phases
+    options = dict(num_warmup_steps=warmup, num_decay_steps=decay, num_training_steps=100, min_lr_ratio=0.1)
+    mine = wsd_schedule(torch.arange(STEPS), warmup=warmup, total=100, decay=decay, floor=0.1)
+    theirs = production(lambda o: hf.get_wsd_schedule(o, decay_type="1-sqrt", **options))
+    assert mine.dtype == torch.float32
+    assert mine[warmup:].tolist() == pytest.approx(theirs[warmup:], abs=1e-6)  # float32
+    assert mine[:warmup].tolist() == pytest.approx([step / max(1, warmup) for step in range(warmup)], abs=1e-6)
+    some = torch.tensor([99, 3, 3, 250])
+    assert wsd_schedule(some, warmup=warmup, total=100, decay=decay, floor=0.1).tolist() == pytest.approx(
+        [mine[99].item(), mine[3].item(), mine[3].item(), 0.1]
+    )
 
 
 def test_inverse_sqrt_equals_transformers_and_the_paper():

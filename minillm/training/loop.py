@@ -11,7 +11,7 @@ Paper:       Clipping by the global norm: Pascanu et al. 2012, arXiv:1211.5063, 
              2021, arXiv:2101.03961.
 Production:  transformers Trainer (token-weighted accumulation since num_items_in_batch);
              torch.nn.utils.clip_grad_norm_.
-Leaves out:  several devices, float16 with loss scaling, averaged weights, writing files (torch.save of the state).
+Leaves out:  several devices, averaged weights; files are in training/checkpoint.
 """
 
 import copy
@@ -28,7 +28,9 @@ from torch import Tensor
 from minillm.architecture.moe import Routing, balance_loss
 from minillm.architecture.transformer import Transformer
 from minillm.data.corpus import Loader, Rows, document_mask, positions
+from minillm.training.checkpoint import brief, differences, random_state, set_random_state
 from minillm.training.objective import IGNORE, bits_per_byte, chunked_cross_entropy, next_tokens, token_nats
+from minillm.training.precision import LossScaler
 
 
 def constant(step: int) -> float:
@@ -44,7 +46,7 @@ class TrainConfig:
     accumulate: int = 1  # micro-batches an update
     schedule: Callable[[int], float] = constant  # factor on the learning rates, from the updates done so far
     clip: float = 1.0  # largest global norm of the gradient; math.inf only measures it
-    autocast: bool = False  # matrix products in bfloat16
+    autocast: bool = False  # matrix products in bfloat16, or float16 where the run has a loss scaler
     separate: bool = False  # documents packed in one row do not see each other
     balance: float = 0.01  # weight of the experts' balance loss, a mean over layers
     log_every: int = 1  # updates between two records
@@ -114,6 +116,7 @@ def evaluate(
     batch: int = 32,
     separate: bool = False,
     autocast: bool = False,
+    half: torch.dtype = torch.bfloat16,
 ) -> float:
     """Bits per byte of the rows. `lengths` is `corpus.token_bytes`: targets that are no text do not count.
 
@@ -126,7 +129,7 @@ def evaluate(
     model.eval()
     for part in zip(*(x.split(batch) for x in rows), strict=True):
         given = task(Rows(*part), separate=separate).to(device)
-        with torch.autocast(device.type, dtype=torch.bfloat16, enabled=autocast):
+        with torch.autocast(device.type, dtype=half, enabled=autocast):
             found = token_nats(before_targets(model, given), model.unembedding, given.targets)
         text = size[given.targets.clamp(min=0)] * (given.targets != IGNORE)
         nats += (found * (text > 0)).sum(dtype=torch.float64)
@@ -146,10 +149,12 @@ class Run:
         config: TrainConfig,
         *,
         held_out: tuple[Rows, Int[Tensor, " v"]] | None = None,
+        scaler: LossScaler | None = None,
     ) -> None:
         if config.eval_every and held_out is None:
             raise ValueError("eval_every needs held_out=(rows, corpus.token_bytes(tokenizer)), got None")
         self.model, self.loader, self.config, self.held_out = model, loader, config, held_out
+        self.scaler, self.half = scaler, torch.bfloat16 if scaler is None else torch.float16
         self.optimizers = [optimizers] if isinstance(optimizers, torch.optim.Optimizer) else list(optimizers)
         for group in self._groups():
             group.setdefault("initial_lr", group["lr"])
@@ -160,21 +165,25 @@ class Run:
         return [group for optimizer in self.optimizers for group in optimizer.param_groups]
 
     def gradient(self, batches: Sequence[Rows]) -> tuple[Tensor, int]:
-        """Add the gradient of the mean loss over all targets of the micro-batches; that loss, and their number."""
+        """Add the gradient of the mean loss over all targets of the micro-batches; that loss, and their number.
+
+        With a scaler the gradient is times the scale, the loss is not.
+        """
         device = self.model.embedding.device
         tasks = [task(rows, separate=self.config.separate) for rows in batches]
         counts = [int((given.targets != IGNORE).sum()) for given in tasks]
         total = torch.zeros((), device=device)
         for given, count in zip((given.to(device) for given in tasks), counts, strict=True):
             routings: list[Routing] = []
-            with torch.autocast(device.type, dtype=torch.bfloat16, enabled=self.config.autocast):
+            with torch.autocast(device.type, dtype=self.half, enabled=self.config.autocast):
                 hidden = before_targets(self.model, given, routings=routings)
                 loss = chunked_cross_entropy(hidden, self.model.unembedding, given.targets)
             share = count / max(1, sum(counts))
             total += loss.detach() * share
             for routing in routings:
                 loss = loss + self.config.balance * balance_loss(routing.logits, routing.experts) / len(routings)
-            (loss * share).backward()
+            loss = loss * share
+            (loss if self.scaler is None else self.scaler.scale(loss)).backward()
         return total, sum(counts)
 
     def step(self) -> Record | None:
@@ -183,9 +192,14 @@ class Run:
         for group in self._groups():
             group["lr"] = group["initial_lr"] * config.schedule(self.done)
         loss, count = self.gradient([next(self.loader) for _ in range(config.accumulate)])
+        if self.scaler is not None:
+            for optimizer in self.optimizers:
+                self.scaler.unscale_(optimizer)
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), config.clip)
         for optimizer in self.optimizers:
-            optimizer.step()
+            optimizer.step() if self.scaler is None else self.scaler.step(optimizer)
+        if self.scaler is not None:
+            self.scaler.update()
         self.model.zero_grad()
         self.done, self.tokens = self.done + 1, self.tokens + count
         end = self.done == config.steps
@@ -207,7 +221,8 @@ class Run:
         if self.held_out is None:
             raise ValueError("evaluation needs held_out=(rows, corpus.token_bytes(tokenizer)), got None")
         rows, lengths = self.held_out
-        return evaluate(self.model, rows, lengths, separate=self.config.separate, autocast=self.config.autocast)
+        config = self.config
+        return evaluate(self.model, rows, lengths, separate=config.separate, autocast=config.autocast, half=self.half)
 
     def train(self, *, until: int | None = None, on_step: Callable[[Record], object] | None = None) -> "Run":
         """Go on to step `until`, or to the end; `on_step` is called with each record, `print` shows progress."""
@@ -223,8 +238,8 @@ class Run:
             "model": self.model.state_dict(),
             "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
             "loader": self.loader.state_dict(),
-            "random": torch.get_rng_state(),
-            "random_cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+            "scaler": None if self.scaler is None else self.scaler.state_dict(),
+            "random": random_state(),
             "run": {"done": self.done, "tokens": self.tokens, "seconds": self.seconds},
             "records": [tuple(record) for record in self.records],
         }
@@ -235,13 +250,18 @@ class Run:
         saved = state["optimizers"]
         if len(saved) != len(self.optimizers):
             raise ValueError(f"the state has {len(saved)} optimizers, this run has {len(self.optimizers)}")
+        if (state["scaler"] is None) != (self.scaler is None):
+            has = {True: "no loss scaler", False: "a loss scaler"}
+            raise ValueError(f"the state has {has[state['scaler'] is None]}, this run has {has[self.scaler is None]}")
+        if different := differences(state["model"], self.model.state_dict()):
+            raise ValueError(f"the state is of another model: {brief(different)}")
         self.loader.load_state_dict(state["loader"])
         self.model.load_state_dict(state["model"])
         for optimizer, memory in zip(self.optimizers, copy.deepcopy(saved), strict=True):
             optimizer.load_state_dict(memory)  # keeps the tensors it is given: not the caller's
-        torch.set_rng_state(state["random"].cpu())
-        if torch.cuda.is_available() and state["random_cuda"]:
-            torch.cuda.set_rng_state_all([x.cpu() for x in state["random_cuda"]])
+        if self.scaler is not None:
+            self.scaler.load_state_dict(state["scaler"])
+        set_random_state(state["random"])
         self.done, self.tokens, self.seconds = (state["run"][name] for name in ("done", "tokens", "seconds"))
         self.records = [Record(*record) for record in state["records"]]
 

@@ -66,9 +66,8 @@ def outcome(context, tmp_path: Path, module: str, source: str | None) -> tuple[i
     area, topic = module.split("/")
     shutil.copytree(ROOT / "tests" / area, tmp_path / "tests" / area, ignore=ignore)
     shutil.copy(ROOT / "tests" / "conftest.py", tmp_path / "tests")
-    (tmp_path / "pytest.ini").write_text(
-        "[pytest]\nfilterwarnings = error\nmarkers =\n    slow: as in pyproject\n    gpu: as in pyproject\n"
-    )
+    known = "filterwarnings = error\nmarkers =\n    slow: as in pyproject\n    gpu: as in pyproject\n"
+    (tmp_path / "pytest.ini").write_text(f"[pytest]\n{known}", encoding="utf-8")
     if source is not None:
         (tmp_path / "minillm" / f"{module}.py").write_text(source, encoding="utf-8")
     log = tmp_path / "log.txt"

@@ -23,6 +23,7 @@ from math import ceil, prod
 from typing import Any
 
 import torch
+from jaxtyping import Int
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -106,6 +107,38 @@ class Memory:
 # States
 
 
+def state_bytes(
+    trained: int | float,
+    frozen: int | float = 0,
+    packed: int | float = 0,
+    *,
+    precision: str = "mixed",
+    optimizer: str = "adamw",
+    zero: int = 0,
+    ranks: int = 1,
+) -> Int[Tensor, "4"]:
+    """Bytes on one device of weights, gradients, float32 masters and Adam's means, each rounded up to a whole one.
+
+    >>> state_bytes(8_030_261_248).tolist()                           # Llama 3 8B, 16 bytes a weight
+    [16060522496, 16060522496, 32121044992, 64242089984]
+    >>> state_bytes(41_943_040, 8_030_261_248).tolist()               # adapters of rank 16
+    [16144408576, 83886080, 167772160, 335544320]
+    """
+    weight, gradient, master, mean = PRECISIONS[precision]
+    means = 2 * mean if optimizer == "adamw" else 2 * (1 + 4 / adam8bit.BLOCK)
+
+    def share(stage: int, size: int | float) -> int:
+        return ceil(size / ranks if zero >= stage else size)
+
+    parts = [
+        share(3, weight * (trained + frozen) + nf4.bits_per_weight() / 8 * packed),
+        share(2, gradient * trained),
+        share(1, master * trained),
+        share(1, means * trained),
+    ]
+    return torch.tensor(parts)
+
+
 def states(
     trained: int | float,
     *,
@@ -122,18 +155,9 @@ def states(
     >>> [round(states(7.5e9, zero=stage, ranks=64).total / 1e9, 1) for stage in range(4)]      # GB, ZeRO's figure 1
     [120.0, 31.4, 16.6, 1.9]
     """
-    weight, gradient, master, mean = PRECISIONS[precision]
-    means = 2 * mean if optimizer == "adamw" else 2 * (1 + 4 / adam8bit.BLOCK)
-
-    def part(stage: int, size: int | float) -> int:
-        return ceil(size / ranks if zero >= stage else size)
-
-    parts = {
-        "weights": part(3, weight * (trained + frozen) + nf4.bits_per_weight() / 8 * packed),
-        "gradients": part(2, gradient * trained),
-        "master": part(1, master * trained),
-        "optimizer": part(1, means * trained),
-    }
+    counts: dict[str, int | float] = {"trained": trained, "frozen": frozen, "packed": packed}
+    sizes = state_bytes(**counts, precision=precision, optimizer=optimizer, zero=zero, ranks=ranks).tolist()
+    parts = dict(zip(("weights", "gradients", "master", "optimizer"), sizes, strict=True))
     kept = {"none": tuple(parts), "optimizer": ("weights",), "all": ()}[offload]
     away = sum(size for name, size in parts.items() if name not in kept)
     return Memory(**{name: size for name, size in parts.items() if name in kept}, host=away)

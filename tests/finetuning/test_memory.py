@@ -30,6 +30,7 @@ from minillm.finetuning.memory import (
     saved_bytes,
     saved_tensors,
     shapes,
+    state_bytes,
     states,
     weight_counts,
 )
@@ -104,6 +105,27 @@ def test_a_view_counts_with_its_block_and_once():
 def test_weights_do_not_count_as_activations():
     layer, x = torch.nn.Linear(30, 20), torch.ones(5, 30, requires_grad=True)
     assert saved_bytes(lambda: layer(x), layer) == 4 * 5 * 30
+
+
+# States from counts
+
+
+def test_bytes_of_states_by_hand():
+    # 10 trained numbers and 6 frozen ones of 2 bytes; 64 in 4 bits are 32 bytes, a scale of 1, 4/256 of a scale of it
+    assert state_bytes(10).tolist() == [20, 20, 40, 80]
+    assert state_bytes(10, 6).tolist() == [32, 20, 40, 80]
+    assert state_bytes(10, 6, 64).tolist() == [32 + 34, 20, 40, 80]  # 33.02 bytes, rounded up
+    assert state_bytes(10, precision="bf16").tolist() == [20, 20, 0, 40]
+    assert state_bytes(10, precision="fp32").tolist() == [40, 40, 0, 80]
+    assert state_bytes(256, optimizer="adam8bit").tolist() == [512, 512, 1024, 512 + 8]  # two scales of 4 bytes
+    assert state_bytes(10, 5, zero=3, ranks=4).tolist() == [8, 5, 10, 20]  # 7.5 rounded up
+
+
+def test_states_are_these_bytes_by_name():
+    for options in ({}, {"zero": 2, "ranks": 8}, {"precision": "bf16", "optimizer": "adam8bit"}):
+        found = states(1e6, frozen=5e6, packed=3e6, **options)
+        parts = [found.weights, found.gradients, found.master, found.optimizer]
+        assert parts == state_bytes(1e6, 5e6, 3e6, **options).tolist()
 
 
 # ZeRO and offload

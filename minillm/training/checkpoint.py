@@ -270,7 +270,7 @@ def kept(steps: list[int], last: int, every: int) -> set[int]:
 def best_interval(save_seconds: float, between_failures: float) -> float:
     """Seconds between saves that lose least time, to saving and to doing again what was lost: Young's rule.
 
-    >>> round(best_interval(save_seconds=30, between_failures=24 * 3600) / 60)                   # minutes
+    >>> round(best_interval(save_seconds=30.0, between_failures=24 * 3600.0) / 60)                   # minutes
     38
     """
     return math.sqrt(2 * save_seconds * between_failures)

@@ -103,6 +103,11 @@ def test_the_chinese_table(root: Path) -> None:
     assert "Why?" not in text
 
 
+def test_a_row_names_three_modules_at_most() -> None:
+    row = readme._row(question("attention/flash", *(f"attention/m{i}" for i in range(5))), "en")
+    assert [f"[m{i}]" in row for i in range(5)] == [True, True, True, False, False]
+
+
 def test_every_area_has_a_name() -> None:
     assert tuple(readme.AREAS) == AREAS
 

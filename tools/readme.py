@@ -9,6 +9,7 @@ from pathlib import Path
 from minillm.study.paths import ROOT
 from minillm.study.registry import AnswerError, Question, load_questions
 
+MODULES = 3  # of a question, in a row of the table
 START, END = "<!-- questions -->", "<!-- /questions -->"
 READMES = {"README.md": "en", "README.zh.md": "zh"}
 HEADS = {
@@ -79,7 +80,8 @@ def _row(question: Question, language: str) -> str:
         asked = asked.replace(sign, "\\" + sign)
     notebook = f"[{asked}](notebooks/{question.id}.ipynb)"
     answers = f"[English](answers/{question.id}.md) · [中文](answers/{question.id}.zh.md)"
-    modules = " · ".join(f"[{module.split('/')[-1]}](minillm/{module}.py)" for module in question.modules)
+    shown = question.modules[:MODULES]  # the notebook names them all
+    modules = " · ".join(f"[{module.split('/')[-1]}](minillm/{module}.py)" for module in shown)
     return f"| {notebook} | {answers} | {modules} | {question.minutes} |"
 
 

@@ -11,7 +11,9 @@ from minillm.study.exercise import Case, Exercise, Probe, Wrong
 STUB = '''\
 # exercise: distributed/zero
 import math
+
 import torch
+
 from minillm.training.optimizers import adamw_step
 
 

@@ -105,7 +105,7 @@ def litgpt_loss(model: Any, ids: Tensor) -> Tensor:
 
 def train_step(model: Any, loss_of: Callable[[Any, Tensor], Tensor], half: bool) -> Callable[[], None]:
     """Forward, backward, fused AdamW."""
-    ids = torch.randint(model.config.vocabulary if loss_of is ours_loss else SIZES["5 M"].vocabulary, (BATCH, LENGTH))
+    ids = torch.randint(Config.vocabulary, (BATCH, LENGTH))
     optimizer = torch.optim.AdamW(model.parameters(), 1e-4, fused=True)
 
     def step() -> None:

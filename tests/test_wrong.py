@@ -28,6 +28,15 @@ EDITS = [(question, wrong) for question, ex in EXERCISES.items() for wrong in (*
 MODULES = sorted({wrong.module or EXERCISES[question].module for question, wrong in EDITS})
 
 
+class Verdict:
+    """A pytest plugin that keeps what the tests came to, whatever happens to pytest while it clears up."""
+
+    code = 98  # pytest itself failed, no test did
+
+    def pytest_sessionfinish(self, exitstatus: int) -> None:
+        self.code = int(exitstatus)
+
+
 def run_tests(copy: str, test_file: str, log: str) -> None:
     """In the child: run one test file of the copied tree, against the package of the same tree."""
     os.chdir(copy)
@@ -40,13 +49,14 @@ def run_tests(copy: str, test_file: str, log: str) -> None:
         os.environ.pop(name, None)
     os.environ |= {"OMP_NUM_THREADS": "1", "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
     with open(log, "w", encoding="utf-8") as out, contextlib.redirect_stdout(out), contextlib.redirect_stderr(out):
+        verdict = Verdict()
         try:
-            code = int(pytest.main(["-x", "-q", "-p", "no:cacheprovider", test_file]))
+            pytest.main(["-x", "-q", "-p", "no:cacheprovider", f"--basetemp={copy}/temp", test_file], plugins=[verdict])
         except BaseException:
             traceback.print_exc()
-            code = 98  # pytest itself failed, no test did
         import minillm
 
+        code = verdict.code
         if not Path(minillm.__file__).is_relative_to(copy):
             code = 99  # the copy was not what ran
     os._exit(code)

@@ -24,15 +24,23 @@ METHODS: dict[str, Callable[..., Any]] = {
 RUNS = 5
 
 
-def interleaved(calls: Mapping[str, Callable[[], Any]], runs: int) -> dict[str, float]:
-    """Median processor seconds of each call, the calls taking turns so that a busy machine slows all of them."""
-    seconds: dict[str, list[float]] = {name: [] for name in calls}
+def timed(calls: Mapping[str, Callable[[], Any]], runs: int) -> dict[str, tuple[float, float]]:
+    """Median processor and wall seconds of each call, the calls taking turns so that a busy machine slows all."""
+    seconds: dict[str, list[tuple[float, float]]] = {name: [] for name in calls}
     for _ in range(runs + 1):  # the first round warms up and is dropped
         for name, call in calls.items():
-            start = time.process_time()
+            start = time.process_time(), time.perf_counter()
             call()
-            seconds[name].append(time.process_time() - start)
-    return {name: statistics.median(values[1:]) for name, values in seconds.items()}
+            seconds[name].append((time.process_time() - start[0], time.perf_counter() - start[1]))
+    return {
+        name: (statistics.median(cpu for cpu, _ in found[1:]), statistics.median(wall for _, wall in found[1:]))
+        for name, found in seconds.items()
+    }
+
+
+def interleaved(calls: Mapping[str, Callable[[], Any]], runs: int) -> dict[str, float]:
+    """Median processor seconds of each call."""
+    return {name: processor for name, (processor, _) in timed(calls, runs).items()}
 
 
 def forward_and_backward(attention: Callable[..., torch.Tensor], *inputs: torch.Tensor) -> None:

@@ -4,9 +4,6 @@ python -m tools.bench_bpe
 """
 
 import os
-import statistics
-import time
-from collections.abc import Callable
 from functools import partial
 from itertools import chain
 from pathlib import Path
@@ -18,6 +15,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 
 from minillm.data import bpe
 from minillm.data.corpus import documents
+from tools.bench import timed
 
 VOCABULARY = 6400
 
@@ -32,20 +30,6 @@ def mixed_text(size: int) -> list[str]:
         texts.append(text[:size])
         size -= len(texts[-1])
     return texts
-
-
-def timed(calls: dict[str, Callable[[], Any]], runs: int) -> dict[str, tuple[float, float]]:
-    """Median processor and wall seconds of each call, the calls taking turns; the first round is dropped."""
-    seconds: dict[str, list[tuple[float, float]]] = {name: [] for name in calls}
-    for _ in range(runs + 1):
-        for name, call in calls.items():
-            start = time.process_time(), time.perf_counter()
-            call()
-            seconds[name].append((time.process_time() - start[0], time.perf_counter() - start[1]))
-    return {
-        name: (statistics.median(cpu for cpu, _ in found[1:]), statistics.median(wall for _, wall in found[1:]))
-        for name, found in seconds.items()
-    }
 
 
 def tokenizers_train(texts: list[str], parallel: bool) -> Any:

@@ -18,6 +18,7 @@ import torch.nn.functional as F
 import transformers
 from torch import Tensor
 
+from minillm.architecture.pretrained import config_entries
 from minillm.architecture.transformer import Config, Transformer
 from minillm.data.corpus import Rows
 from minillm.inference.generate import generate
@@ -35,23 +36,9 @@ PROMPT, NEW = 64, 128
 
 
 def llama(c: Config) -> Any:
-    """The same shape in transformers."""
-    return transformers.LlamaForCausalLM(
-        transformers.LlamaConfig(
-            vocab_size=c.vocabulary,
-            hidden_size=c.width,
-            intermediate_size=c.hidden,
-            num_hidden_layers=c.layers,
-            num_attention_heads=c.heads,
-            num_key_value_heads=c.kv_heads,
-            head_dim=c.head_size,
-            max_position_embeddings=c.context,
-            tie_word_embeddings=c.tied,
-            bos_token_id=None,
-            eos_token_id=None,
-            pad_token_id=0,
-        )
-    )
+    """The same shape in transformers, without tokens at which generation would stop."""
+    tokens = dict(bos_token_id=None, eos_token_id=None, pad_token_id=0)
+    return transformers.LlamaForCausalLM(transformers.LlamaConfig(**config_entries(c) | tokens))
 
 
 def litgpt(c: Config) -> Any:

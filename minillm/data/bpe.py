@@ -389,8 +389,7 @@ def render_chat(tokenizer: Tokenizer, messages: Sequence[Mapping[str, str]], *, 
     ids: list[int] = []
     spans = []
     for number, message in enumerate(messages):
-        if message.get("role") not in ROLES or not isinstance(message.get("content"), str):
-            raise ValueError(f"a message needs a role of {ROLES} and a text, message {number} is {message}")
+        check_message(number, message)
         ids += [opened, *tokenizer.encode(message["role"] + "\n")]
         start = len(ids)
         ids += [*tokenizer.encode(message["content"]), closed]
@@ -400,3 +399,9 @@ def render_chat(tokenizer: Tokenizer, messages: Sequence[Mapping[str, str]], *, 
     if reply:
         ids += [opened, *tokenizer.encode("assistant\n")]
     return Chat(ids, spans)
+
+
+def check_message(number: int, message: Mapping[str, str]) -> None:
+    """Refuse a message of a conversation that is none."""
+    if message.get("role") not in ROLES or not isinstance(message.get("content"), str):
+        raise ValueError(f"a message needs a role of {ROLES} and a text, message {number} is {message}")

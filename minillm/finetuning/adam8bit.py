@@ -10,19 +10,18 @@ Production:  bitsandbytes.optim.AdamW8bit.
 Leaves out:  float32 states for small tensors and embeddings, which bitsandbytes keeps; paging to main memory.
 """
 
-from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from minillm.finetuning.nf4 import dequantise_blocks, dynamic_levels, quantise_blocks
-from minillm.training.optimizers import Optimizer, adamw_step, check_rate
+from minillm.training.optimizers import AdamW, adamw_step
 
 BLOCK = 256  # numbers that share a scale
 
 
-class AdamW8bit(Optimizer):
+class AdamW8bit(AdamW):
     """`adamw_step` with means kept in 8 bits. Weights may be in any precision: the step is made in float32.
 
     >>> weight = torch.ones(1000, requires_grad=True)
@@ -31,18 +30,6 @@ class AdamW8bit(Optimizer):
     >>> round(weight[0].item(), 3)                          # a first step of lr, as Adam's
     0.9
     """
-
-    def __init__(
-        self,
-        params: Iterable[Any],
-        lr: float = 1e-3,
-        *,
-        betas: tuple[float, float] = (0.9, 0.999),
-        eps: float = 1e-8,
-        weight_decay: float = 0.01,
-    ) -> None:
-        check_rate(lr)
-        super().__init__(params, dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay))
 
     def begin(self, weight: Tensor) -> dict[str, Any]:
         """Codes and scales of two means of zero."""

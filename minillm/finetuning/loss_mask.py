@@ -23,7 +23,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from minillm.architecture.transformer import Transformer
-from minillm.data.bpe import ROLES, Chat, Tokenizer
+from minillm.data.bpe import Chat, Tokenizer, check_message
 from minillm.data.corpus import document_mask, positions
 from minillm.training.objective import IGNORE, chunked_cross_entropy, next_token_loss
 
@@ -60,8 +60,7 @@ def render_llama3(tokenizer: Tokenizer, messages: Sequence[Mapping[str, str]], *
 
     ids, spans = [begin], []
     for number, message in enumerate(messages):
-        if message.get("role") not in ROLES or not isinstance(message.get("content"), str):
-            raise ValueError(f"a message needs a role of {ROLES} and a text, message {number} is {message}")
+        check_message(number, message)
         ids += header(message["role"])
         start = len(ids)
         ids += [*tokenizer.encode(message["content"].strip()), closed]

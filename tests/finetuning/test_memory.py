@@ -1,18 +1,17 @@
 """The estimator: against bytes measured on real steps of our model, and against published figures."""
 
 import itertools
-from contextlib import nullcontext
 from dataclasses import replace
 from math import prod
 
 import pytest
 import torch
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from minillm.architecture import transformer
-from minillm.architecture.transformer import Config, Transformer
+from minillm.architecture.transformer import Config
+from minillm.finetuning import measured
 from minillm.finetuning.adam8bit import AdamW8bit
-from minillm.finetuning.lora import MATRICES, add_lora
+from minillm.finetuning.lora import MATRICES
 from minillm.finetuning.memory import (
     Job,
     Memory,
@@ -34,9 +33,7 @@ from minillm.finetuning.memory import (
     states,
     weight_counts,
 )
-from minillm.finetuning.nf4 import quantise_model
 from minillm.measure import peak_memory
-from minillm.training.objective import chunked_cross_entropy, next_token_loss, next_tokens
 
 SMALL = Config(vocabulary=50, width=64, layers=3, heads=4, kv_heads=2, head_size=10, hidden=96, context=64)
 WIDE = Config(vocabulary=512, width=128, layers=4, heads=4, kv_heads=2, head_size=32, hidden=344, context=512)
@@ -49,41 +46,27 @@ CLOSE = 0.05  # of what is measured; kernels' work space and small tensors are n
 
 def build(job):
     torch.manual_seed(0)
-    model = Transformer(job.model).to(torch.float32 if job.precision == "fp32" else torch.bfloat16)
-    if job.method == "qlora":
-        quantise_model(model)
-    if job.method != "full":
-        add_lora(model, rank=job.rank, names=job.adapted)
-    return model
+    return measured.build(job)
 
 
 def tokens(job):
     return torch.randint(job.model.vocabulary, (job.batch, job.tokens), generator=torch.Generator().manual_seed(1))
 
 
-def kernels(job):
-    """PyTorch's attention that builds the scores, or the one that does not."""
-    return sdpa_kernel(SDPBackend.MATH) if job.attention == "naive" else nullcontext()
-
-
 def loss_of(model, job):
-    ids = tokens(job)
-    if not job.chunk:
-        return next_token_loss(model(ids), ids)
-    rows = model.hidden(ids)[:, :-1].flatten(0, 1)
-    return chunked_cross_entropy(rows, model.unembedding, next_tokens(ids).flatten(), chunk=job.chunk)
+    return measured.loss_of(model, job, tokens(job))
 
 
 def measured_activations(job):
     model, ids = build(job), tokens(job)
-    with kernels(job), checkpointed(model) if job.checkpoint else nullcontext():
+    with measured.mode(job, model):
         return saved_bytes(lambda: model.hidden(ids), model)
 
 
 def measured_peak(job):
     """Of a step whose gradients are there already, above weights, gradients and states."""
     model = build(job)
-    with kernels(job), checkpointed(model) if job.checkpoint else nullcontext():
+    with measured.mode(job, model):
         loss_of(model, job).backward()
         return peak_memory(lambda: loss_of(model, job).backward())
 

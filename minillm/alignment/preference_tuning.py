@@ -106,7 +106,7 @@ def tune(
     """Tune the model in place, itself as it was being the reference: Adam on the DPO loss of `batch` pairs a step."""
     with torch.no_grad():
         reference = response_log_probs(model, pairs)
-    optimizer = torch.optim.Adam(model.parameters(), lr=lr)
+    optimizer = torch.optim.Adam(model.parameters(), lr=lr, fused=True)
     rows: list[list[float]] = []
     for _ in range(steps):
         drawn = torch.randperm(pairs.ids.shape[1], generator=generator)[:batch]

@@ -17,6 +17,7 @@ from minillm.distributed.budget import (
     zero_sent,
 )
 from minillm.distributed.pipeline import gpipe, idle_share, one_f_one_b, plan, slots
+from minillm.finetuning.memory import states
 
 
 @pytest.mark.parametrize(
@@ -36,6 +37,13 @@ def test_which_part_a_stage_shards():
     assert zero_bytes(1, 10, 5) == (20, 20, 24)
     assert zero_bytes(2, 10, 5) == (20, 4, 24)
     assert zero_bytes(3, 10, 5) == (4, 4, 24)
+
+
+@pytest.mark.parametrize("stage", range(4))
+def test_states_are_those_of_the_memory_estimate(stage):
+    weights, gradients, rest = zero_bytes(stage, 1e9, 8)
+    found = states(1e9, zero=stage, ranks=8)
+    assert (weights, gradients, rest) == pytest.approx((found.weights, found.gradients, found.master + found.optimizer))
 
 
 def test_numbers_sent_in_a_step():

@@ -75,6 +75,30 @@ def test_linear_layer_equals_the_written_formula(rank, alpha, device):
         torch.testing.assert_close(got, right)
 
 
+@pytest.mark.parametrize(("rank", "alpha"), [(1, 1), (4, 8)])
+def test_equals_peft(rank, alpha):
+    peft = pytest.importorskip("peft", reason="peft is not installed: LoRA is held against the written formula alone")
+    theirs = nn.Sequential(nn.Linear(10, 7)).double()
+    ours, x = copy.deepcopy(theirs[0]), randn(5, 10)
+    config = peft.LoraConfig(r=rank, lora_alpha=alpha, target_modules=["0"], lora_dropout=0.0)
+    theirs = peft.get_peft_model(theirs, config, autocast_adapter_dtype=False)
+    (adapter,) = stirred(add_lora(ours, rank=rank, alpha=alpha, names=["weight"])) and adapters(ours).values()
+    a, b = (
+        next(p for name, p in theirs.named_parameters() if f"lora_{part}" in name and p.requires_grad) for part in "AB"
+    )
+    assert (a.shape, b.shape) == (adapter.a.shape, adapter.b.shape)
+    assert not b.any(), "B starts at zero"
+    assert a.abs().max() <= 10**-0.5  # both draw A from the uniform distribution of nn.Linear
+    a.data, b.data = adapter.a.detach().clone(), adapter.b.detach().clone()
+    torch.testing.assert_close(ours(x), theirs(x))
+    grads = torch.autograd.grad(ours(x).sin().sum(), [adapter.a, adapter.b])
+    for got, right in zip(grads, torch.autograd.grad(theirs(x).sin().sum(), [a, b]), strict=True):
+        torch.testing.assert_close(got, right)
+    merged = theirs.merge_and_unload()[0].weight
+    merge(ours)
+    torch.testing.assert_close(ours.weight, merged)
+
+
 def test_scale_is_alpha_over_rank_and_alpha_twice_the_rank():
     scales = [
         next(iter(adapters(add_lora(transformer(), rank=r, **options)).values())).scale

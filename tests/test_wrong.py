@@ -5,6 +5,7 @@ child starts from a server that has imported torch and pytest already, so an edi
 """
 
 import contextlib
+import gc
 import multiprocessing
 import os
 import shutil
@@ -39,6 +40,7 @@ class Verdict:
 
 def run_tests(copy: str, test_file: str, log: str) -> None:
     """In the child: run one test file of the copied tree, against the package of the same tree."""
+    gc.freeze()  # the preloaded heap is not searched when pytest ends, which takes longer than most tests
     os.chdir(copy)
     sys.path.insert(0, copy)
     for name in [name for name in sys.modules if name.split(".")[0] in ("minillm", "tests", "conftest")]:
@@ -51,7 +53,8 @@ def run_tests(copy: str, test_file: str, log: str) -> None:
     with open(log, "w", encoding="utf-8") as out, contextlib.redirect_stdout(out), contextlib.redirect_stderr(out):
         verdict = Verdict()
         try:
-            pytest.main(["-x", "-q", "-p", "no:cacheprovider", f"--basetemp={copy}/temp", test_file], plugins=[verdict])
+            options = ["-x", "-q", "--tb=native", "-p", "no:cacheprovider", f"--basetemp={copy}/temp"]
+            pytest.main([*options, test_file], plugins=[verdict])
         except BaseException:
             traceback.print_exc()
         import minillm

@@ -17,7 +17,6 @@ import torch
 from jaxtyping import Float, Shaped
 from torch import Tensor
 
-from minillm.distributed.collectives import padded
 from minillm.training.optimizers import adamw_step
 
 # A ring, all ranks at once: row r of `buffers` is what rank r holds
@@ -60,7 +59,10 @@ def cut(flat: Float[Tensor, " n"], world: int) -> Float[Tensor, "w m"]:
     tensor([[1., 2.],
             [3., 0.]])
     """
-    return padded(flat, world).view(world, -1)
+    m = -(-len(flat) // world)
+    rows = flat.new_zeros(world * m)
+    rows[: len(flat)] = flat
+    return rows.view(world, m)
 
 
 def reduce_scatter(gradients: Float[Tensor, "w n"]) -> Float[Tensor, "w m"]:

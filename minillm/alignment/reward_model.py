@@ -59,6 +59,26 @@ def bradley_terry_loss(
     return -F.logsigmoid(chosen - rejected - margin).mean()
 
 
+def reward_loss(
+    values: Float[Tensor, "2 b t"], real: Bool[Tensor, "2 b t"], *, margin: Float[Tensor, " b"] | float = 0.0
+) -> Float[Tensor, ""]:
+    """The loss of b pairs from a number for each token: [0] are the chosen texts, [1] the rejected ones.
+
+    Each text's score is its value at the last real token. `margin` as in `bradley_terry_loss`.
+
+    >>> values = torch.tensor([[[0.0, 2.0, 9.0]], [[0.0, 0.0, 1.0]]])
+    >>> real = torch.tensor([[[True, True, False]], [[True, True, True]]])
+    >>> reward_loss(values, real), (1 + torch.tensor(-1.0).exp()).log()             # scores 2 and 1
+    (tensor(0.3133), tensor(0.3133))
+    """
+    if values.ndim != 3 or len(values) != 2:
+        raise ValueError(f"pairs are a tensor [2, b, t], chosen first and rejected second, got {tuple(values.shape)}")
+    if values.shape != real.shape:
+        raise ValueError(f"real marks each token of {tuple(values.shape)}, got {tuple(real.shape)}")
+    chosen, rejected = last_real(values.flatten(0, 1), real.flatten(0, 1)).unflatten(0, (2, -1))
+    return bradley_terry_loss(chosen, rejected, margin=margin)
+
+
 class Ranking(NamedTuple):
     accuracy: Tensor  # the share of pairs with chosen above rejected; equal scores are not above
     margin: Tensor  # the mean of chosen minus rejected

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from minillm.alignment.reward_model import bradley_terry_loss, last_real, preference, ranking
+from minillm.alignment.reward_model import bradley_terry_loss, last_real, preference, ranking, reward_loss
 
 DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
 
@@ -130,6 +130,49 @@ def test_it_finds_scores_that_agree_with_people():
     assert (scores[0] - scores[1]).item() == pytest.approx(math.log(3))
 
 
+# From a number for each token
+
+
+def token_values():
+    values = randn(2, 3, 5)
+    real = torch.tensor(
+        [[[1, 1, 0, 0, 0], [0, 0, 1, 1, 1], [1, 1, 1, 1, 1]], [[1, 1, 1, 0, 0], [0, 1, 1, 0, 0], [0, 0, 0, 0, 1]]]
+    )
+    return values, real.bool()
+
+
+@pytest.mark.parametrize("margin", [0.0, 0.7])
+def test_reward_loss_equals_a_loop(margin):
+    values, real = token_values()
+    total = 0.0
+    for b in range(3):
+        score = [values[side, b, max(i for i in range(5) if real[side, b, i])].item() for side in (0, 1)]
+        total += math.log1p(math.exp(-(score[0] - score[1] - margin)))
+    assert reward_loss(values, real, margin=margin).item() == pytest.approx(total / 3)
+
+
+def test_reward_loss_moves_last_real_tokens_only_and_by_the_same_amount():
+    values, real = token_values()
+    values.requires_grad_()
+    reward_loss(values, real).backward()
+    places = [[[b, i] for b, i in enumerate(side)] for side in ([1, 4, 4], [2, 2, 4])]
+    assert [side.nonzero().tolist() for side in values.grad] == places
+    assert (values.grad[0].sum(1) < 0).all()  # descent raises the chosen
+    torch.testing.assert_close(values.grad.sum(dim=(0, 2)), torch.zeros(3, dtype=torch.float64))
+
+
+def test_reward_loss_sees_no_shift_of_a_pair():
+    values, real = token_values()
+    shift = torch.tensor([5.0, -100.0, 0.3], dtype=torch.float64)[:, None]
+    torch.testing.assert_close(reward_loss(values + shift, real), reward_loss(values, real))
+
+
+def test_reward_loss_does_not_read_padding():
+    values, real = token_values()
+    spoilt = values.masked_fill(~real, torch.nan)
+    assert torch.equal(reward_loss(spoilt, real), reward_loss(values, real))
+
+
 # How well scores order
 
 
@@ -150,7 +193,7 @@ def test_ranking_has_no_gradient():
 
 @pytest.mark.parametrize("margin", [False, True])
 def test_equals_trl(margin):
-    reason = "TRL is no dependency: install it to run the parity tests"
+    reason = "TRL comes with the extra parity, for its tests alone"
     trl = pytest.importorskip("trl.trainer.reward_trainer", reason=reason)
     chosen, rejected = randn(5, dtype=torch.float32), randn(5, seed=1, dtype=torch.float32)
     inputs = {"margin": randn(5, seed=2, dtype=torch.float32)} if margin else {}
@@ -188,3 +231,10 @@ def test_refuses_scores_that_are_no_pairs(function):
         function(randn(3), randn(1))
     with pytest.raises(ValueError, match="got 0 chosen and 0 rejected"):
         function(randn(0), randn(0))
+
+
+def test_refuses_values_that_are_no_pairs():
+    with pytest.raises(ValueError, match=r"pairs are a tensor \[2, b, t\].*got \(3, 2, 4\)"):
+        reward_loss(randn(3, 2, 4), torch.ones(3, 2, 4, dtype=torch.bool))
+    with pytest.raises(ValueError, match=r"real marks each token of \(2, 3, 4\), got \(2, 1, 4\)"):
+        reward_loss(randn(2, 3, 4), torch.ones(2, 1, 4, dtype=torch.bool))

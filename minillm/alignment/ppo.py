@@ -4,7 +4,8 @@ Idea:        The responses were sampled by the old policy; its log-probabilities
              old makes their advantages count for the present policy, and clipping takes the gradient away where the
              ratio has left 1 +- clip in the direction that the advantage asks for. It is a pessimistic bound, not a
              wall: where the policy went the wrong way the full gradient stays. The critic says what is to be expected
-             at each token; GAE mixes its one-step errors into advantages. KL to the reference is a cost in the reward.
+             at each token; GAE mixes its one-step errors into advantages. KL to the reference is a cost in the reward;
+             the other place for it is the loss, as k3.
 Cost:        Four models: policy, critic, reference, reward model. Per token three stored numbers (log-probability,
              value, reward), and several optimizer steps for each response.
 Paper:       Schulman et al. 2017, arXiv:1707.06347, equation 7 (clip); Schulman et al. 2015, "GAE", arXiv:1506.02438,
@@ -20,7 +21,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from minillm.alignment.kl import k1
+from minillm.alignment.kl import k1, k3
 from minillm.alignment.log_probs import check_mask, token_mean
 
 
@@ -150,6 +151,29 @@ def policy_loss(
     check_mask(advantages, mask)
     ratio = log_ratios(log_probs, old, mask).exp()
     return -token_mean(clipped_surrogate(ratio, advantages.detach(), low=clip, high=clip), mask)
+
+
+def ppo_loss(
+    log_probs: Float[Tensor, "b t"],
+    old: Float[Tensor, "b t"],
+    reference: Float[Tensor, "b t"],
+    advantages: Float[Tensor, "b t"],
+    mask: Bool[Tensor, "b t"],
+    *,
+    clip: float = 0.2,
+    beta: float = 0.05,
+) -> Float[Tensor, ""]:
+    """The policy loss plus beta k3 to the reference, both averaged over all response tokens: for KL in the loss.
+
+    Then the rewards hold the score alone. No gradient into old, reference and advantages.
+
+    >>> half, quarter = torch.tensor([[0.5]]).log(), torch.tensor([[0.25]]).log()      # ratio 1, log ratio ln 2
+    >>> ppo_loss(half, half, quarter, torch.tensor([[2.0]]), torch.tensor([[True]]), beta=1.0)  # -2 + 1/2 - 1 + ln 2
+    tensor(-1.8069)
+    """
+    d = log_ratios(log_probs, reference, mask)
+    kl = token_mean(k3(d, torch.zeros_like(d)), mask)
+    return policy_loss(log_probs, old, advantages, mask, clip=clip) + beta * kl
 
 
 @torch.no_grad()

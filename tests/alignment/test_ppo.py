@@ -13,6 +13,7 @@ from minillm.alignment.ppo import (
     gae_step,
     kl_rewards,
     policy_loss,
+    ppo_loss,
     value_loss,
     whiten,
 )
@@ -114,6 +115,59 @@ def test_the_ratio_makes_old_samples_count_for_the_present_policy():
     loss = policy_loss(log_p[None], old[None], (weights * advantages)[None], mask, clip=1e9)
     expected = -(log_p.exp() * advantages).sum()
     torch.testing.assert_close(*(torch.autograd.grad(x, logits, retain_graph=True)[0] for x in (loss, expected)))
+
+
+# KL in the loss
+
+
+def test_the_loss_with_kl_by_hand():
+    # ratios 1.5 and 0.5 with advantages 2 and -2: surrogates 2.4 and -1.6 (see above), the mean 0.4. The reference is
+    # at half and at twice the policy: d = ln 2 and -ln 2, k3 = 1/2 - 1 + ln 2 and 2 - 1 - ln 2, the mean 1/4
+    policy = torch.tensor([[1.5, 0.5, 7.0]]).log()
+    reference = policy - torch.tensor([[2.0, 0.5, 9.0]]).log()
+    advantages, mask = torch.tensor([[2.0, -2.0, 3.0]]), torch.tensor([[True, True, False]])
+    loss = ppo_loss(policy, torch.zeros(1, 3), reference, advantages, mask, beta=0.4)
+    assert loss.item() == pytest.approx(-0.4 + 0.4 * 0.25)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("seed", range(5))
+def test_the_loss_with_kl_equals_a_loop(seed, device):
+    policy, old, advantages, mask = (x.to(device) for x in rollout(seed=10 * seed))
+    reference = (old - 0.5 * randn(*old.shape, seed=seed).to(device).abs()).tolist()
+    p, o, a, total = policy.tolist(), old.tolist(), advantages.tolist(), 0.0
+    kept = mask.nonzero().tolist()
+    for i, j in kept:
+        ratio = math.exp(p[i][j] - o[i][j])
+        d = p[i][j] - reference[i][j]
+        total += -min(ratio * a[i][j], min(max(ratio, 0.7), 1.3) * a[i][j]) + 0.3 * (math.exp(-d) - 1 + d)
+    loss = ppo_loss(policy, old, torch.tensor(reference).to(old), advantages, mask, clip=0.3, beta=0.3)
+    assert loss.item() == pytest.approx(total / len(kept), rel=1e-5)  # the reference passes through float32
+
+
+def test_the_loss_with_kl_has_gradient_at_response_tokens_of_the_policy_only():
+    policy, old, advantages, mask = rollout()
+    reference = old - 0.3
+    others = [old, reference, advantages]
+    for x in others:
+        x.requires_grad_()
+    clean = ppo_loss(policy, *others, mask)
+    clean.backward()
+    assert all(x.grad is None for x in others)
+    assert torch.equal(policy.grad != 0, mask)  # KL pulls also where clipping silences the rest
+    for nothing in (torch.nan, -torch.inf):
+        dirty = [x.detach().masked_fill(~mask, nothing).requires_grad_() for x in (policy, *others)]
+        value = ppo_loss(*dirty, mask)
+        torch.testing.assert_close(value, clean)
+        value.backward()
+        torch.testing.assert_close(dirty[0].grad, policy.grad)
+
+
+def test_without_weight_the_kl_does_not_count_and_at_the_reference_it_is_0():
+    policy, old, advantages, mask = rollout()
+    loss = policy_loss(policy, old, advantages, mask)
+    torch.testing.assert_close(ppo_loss(policy, old, old - 9, advantages, mask, beta=0.0), loss)
+    torch.testing.assert_close(ppo_loss(policy, old, policy.detach(), advantages, mask, beta=9.0), loss)
 
 
 # Rewards with KL

@@ -94,6 +94,28 @@ def reference_kl(
     return sequence_mean(k3(log_probs.masked_fill(~mask, 0), reference.masked_fill(~mask, 0)), mask).mean()
 
 
+def loss_of_groups(
+    log_probs: Float[Tensor, "n g t"],
+    old: Float[Tensor, "n g t"],
+    reference: Float[Tensor, "n g t"],
+    rewards: Float[Tensor, "n g"],
+    mask: Bool[Tensor, "n g t"],
+    *,
+    clip: float = 0.2,
+    beta: float = 0.04,
+) -> Float[Tensor, ""]:
+    """GRPO as a whole, from rewards: group advantages, clipped surrogate, and beta times the KL to the reference.
+
+    >>> log_p, mask = torch.zeros(1, 2, 1, requires_grad=True), torch.ones(1, 2, 1, dtype=torch.bool)
+    >>> loss_of_groups(log_p, log_p, log_p, torch.tensor([[1.0, 0.0]]), mask).backward()
+    >>> log_p.grad.flatten()                                            # 0.5 / (0.7071 + 1e-4) over two responses
+    tensor([-0.3535,  0.3535])
+    """
+    policy, old, reference, mask = (x.flatten(0, 1) for x in (log_probs, old, reference, mask))
+    loss = grpo_loss(policy, old, group_advantages(rewards).flatten(), mask, clip=clip)
+    return loss + beta * reference_kl(policy, reference, mask)
+
+
 def dapo_loss(
     log_probs: Float[Tensor, "b t"],
     old: Float[Tensor, "b t"],

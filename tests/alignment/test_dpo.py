@@ -256,7 +256,7 @@ def test_kto_equals_a_loop(seed, device):
 
 # Production
 
-REASON = "TRL is no dependency: install it to run the parity tests"
+REASON = "TRL comes with the extra parity, for its tests alone"
 
 
 def model(log_probs):

@@ -17,6 +17,7 @@ from minillm.alignment.grpo import (
     grpo_loss,
     gspo_loss,
     informative,
+    loss_of_groups,
     overlong_penalty,
     reference_kl,
 )
@@ -239,6 +240,51 @@ def test_the_kl_term_by_hand():
     assert reference_kl(policy, torch.zeros(2, 2), mask).item() == pytest.approx(0.125)
 
 
+# As a whole
+
+
+def test_the_whole_loss_by_hand():
+    # rewards 1 and 0: deviation 0.7071, advantages +-0.5 / 0.7072. Response 1: ratios 1.5, cut at 1.2, and 1: mean
+    # 1.1; response 2: ratio 1 (its second token is padding). k3 of log ratios ln 2 and 0: 1/2 - 1 + ln 2 and 0, mean
+    # of response 1 half of that, mean over both a quarter.
+    old = torch.full((1, 2, 2), -1.0, dtype=torch.float64)
+    policy = old + torch.tensor([[[1.5, 1.0], [1.0, 9.0]]], dtype=torch.float64).log()
+    reference = policy - torch.tensor([[[2.0, 1.0], [1.0, 7.0]]], dtype=torch.float64).log()
+    mask = torch.tensor([[[True, True], [True, False]]])
+    advantage = 0.5 / (math.sqrt(0.5) + 1e-4)
+    expected = -(1.1 - 1.0) * advantage / 2 + 0.3 * (math.log(2) - 0.5) / 4
+    rewards = torch.tensor([[1.0, 0.0]], dtype=torch.float64)
+    assert loss_of_groups(policy, old, reference, rewards, mask, beta=0.3).item() == pytest.approx(expected)
+
+
+def test_the_whole_loss_equals_the_textbook_group_by_group():
+    generator = torch.Generator().manual_seed(5)
+    mask = torch.arange(7) < torch.randint(1, 8, (3, 4, 1), generator=generator)
+    old, reference = -randn(3, 4, 7).abs(), -randn(3, 4, 7, seed=1).abs()
+    policy = (old + 0.4 * randn(3, 4, 7, seed=2)).requires_grad_()
+    rewards = randn(3, 4, seed=3)
+    total = torch.zeros((), dtype=torch.float64)
+    for n in range(3):
+        for i in range(4):
+            gain = (rewards[n, i] - rewards[n].mean()) / (rewards[n].var().sqrt() + 1e-4)
+            kept = mask[n, i]
+            new, before, start = policy[n, i][kept], old[n, i][kept], reference[n, i][kept]
+            ratio, back = new.exp() / before.exp(), start.exp() / new.exp()
+            surrogate = torch.minimum(ratio * gain, ratio.clamp(0.7, 1.3) * gain)
+            total = total + (surrogate - 0.2 * (back - back.log() - 1)).mean() / 12
+    loss = loss_of_groups(policy, old, reference, rewards, mask, clip=0.3, beta=0.2)
+    torch.testing.assert_close(loss, -total)
+    torch.testing.assert_close(*(torch.autograd.grad(x, policy)[0] for x in (loss, -total)))
+
+
+def test_the_whole_loss_of_equal_rewards_pulls_towards_the_reference_only():
+    old, mask = -randn(2, 3, 5).abs(), torch.ones(2, 3, 5, dtype=torch.bool)
+    policy, equal = old.clone().requires_grad_(), torch.ones(2, 3, dtype=torch.float64)
+    assert (torch.autograd.grad(loss_of_groups(policy, old, old - 1, equal, mask, beta=0.0), policy)[0] == 0).all()
+    pull = torch.autograd.grad(loss_of_groups(policy, old, old - 1, equal, mask, beta=0.5), policy)[0]
+    torch.testing.assert_close(pull, torch.full_like(pull, 0.5 * (1 - math.exp(-1)) / 30))
+
+
 # Loops
 
 
@@ -303,7 +349,7 @@ def test_no_gradient_flows_into_rewards():
 
 # Production
 
-REASON = "TRL is no dependency: install it to run the parity tests"
+REASON = "TRL comes with the extra parity, for its tests alone"
 KINDS = {
     "grpo": ({"loss_type": "grpo"}, grpo_loss),
     "dapo": ({"loss_type": "dapo", "epsilon_high": 0.28}, dapo_loss),

@@ -167,7 +167,7 @@ def test_masked_tokens_are_not_seen_even_if_they_are_no_numbers(function):
 
 @pytest.mark.parametrize("temperature", [0.7, 1.0])
 def test_equals_trl(temperature):
-    trl = pytest.importorskip("trl.trainer.utils", reason="TRL is no dependency: install it to run the parity tests")
+    trl = pytest.importorskip("trl.trainer.utils", reason="TRL comes with the extra parity, for its tests alone")
     logits, ids = randn(3, 5, 11, dtype=torch.float32), tokens(3, 5)
     theirs = trl.selective_log_softmax(logits, ids, temperature=temperature)
     torch.testing.assert_close(token_log_probs(logits, ids, temperature=temperature), theirs)

@@ -44,6 +44,20 @@ def test_the_notebook_filled_with_the_reference_passes(question, monkeypatch, tm
     assert result.verdict.status == "passed", str(result)
 
 
+@pytest.mark.parametrize("question", QUESTIONS)
+def test_a_solution_may_use_what_the_stub_imports(question):
+    exercise = load_exercise(question)
+    ours = [node for node in ast.parse(exercise.stub).body if isinstance(node, ast.ImportFrom)]
+    ours = [node for node in ours if node.module.startswith("minillm.")]
+    given = {name.name for node in ours for name in node.names}
+    own = [node for node in ast.parse(fill(exercise)).body if getattr(node, "name", None) not in given]
+    at = next(i for i, node in enumerate(own) if isinstance(node, ast.FunctionDef | ast.ClassDef))
+    cell = ast.unparse(ast.Module([*own[:at], *ours, *own[at:]], []))
+    function = getattr(load_source(cell, f"given_{question.replace('/', '_')}"), exercise.function)
+    verdict = judge(exercise, function)
+    assert verdict.status == "passed", verdict
+
+
 @pytest.mark.parametrize(("question", "wrong"), WRONG, ids=[f"{q}: {w.name}" for q, w in WRONG])
 def test_a_wrong_version_gets_its_own_diagnosis(question, wrong):
     exercise = load_exercise(question)

@@ -4,10 +4,13 @@ A verdict rests on what the function does, never on its text: its results on eve
 then against every wrong version of the reference, then the exercise's probes.
 """
 
+import ast
+import importlib
 import inspect
 import linecache
 import os
 import re
+import threading
 from collections.abc import Callable
 from contextlib import suppress
 from types import CodeType
@@ -29,6 +32,7 @@ UNREPEATABLE = (
     "Called twice with the same arguments it gives different results: use no random numbers and keep nothing from "
     "one call to the next."
 )
+_ONE_AT_A_TIME = threading.Lock()  # what a call prints and warns of is caught for the whole process
 Inputs = Callable[[], tuple[tuple[Any, ...], dict[str, Any]]]  # makes positional and keyword arguments
 
 
@@ -75,7 +79,7 @@ def judge(exercise: Exercise, function: Any, *, time_limit: float = 10.0) -> Ver
     if not callable(function):
         call = f'check("{exercise.question}", {exercise.function})'
         return Verdict("error", f"check needs the function itself, {call}; it got {describe(function)}.")
-    with torch.device("cpu"), torch.enable_grad():  # whatever the notebook has set
+    with _ONE_AT_A_TIME, torch.device("cpu"), torch.enable_grad():  # whatever the notebook has set
         return _Attempt(exercise, function, time_limit).verdict()
 
 
@@ -150,6 +154,7 @@ class _Attempt:
         self.exercise, self.function, self.limit = exercise, function, time_limit
         self.asked, self.tolerance = trial.asked(exercise), Tolerance(exercise.rtol, exercise.atol)
         self.files = frozenset(map(guard.normal, reference_files(exercise)))
+        self.given = _given(exercise)
         self.watch = guard.Stopwatch()
         self.outcomes: list[Outcome] = []
 
@@ -184,7 +189,7 @@ class _Attempt:
         if changed := next((", ".join(o.changed) for o, _ in bad if o.changed), None):
             return "failed", f"It changes {changed} in place; the caller still needs it: work on a copy.", None
         for probe in self.exercise.probes:
-            if found := self.probe(probe, strict=not bad):
+            if (probe.wrong_too or not bad) and (found := self.probe(probe, strict=not bad)):
                 return "failed", found, probe.name
         return ("failed", _difference(cases), None) if bad else ("passed", None, None)
 
@@ -208,17 +213,30 @@ class _Attempt:
         if called.watched:
             raise _Early(Verdict("invalid", f"It runs minillm's own {self.exercise.module}.py: write it yourself."))
         if called.expired:
-            late = f"It did not finish within {self.limit:g} seconds (in {where}): look for a loop that never ends."
+            cause = "it waits for something, input() or sleep" if self.watch.idle else "look for a loop that never ends"
+            late = f"It did not finish within {self.limit:g} seconds (in {where}): {cause}."
             more = " It could not be stopped: restart the kernel." if called.stuck else ""
             raise _Early(Verdict("error", late + more, cases=self.reports(), printed=called.printed))
         return called
 
     def is_reference(self, code: CodeType) -> bool:
+        if code in self.given:
+            return False
         return code is guard.code_of(self.exercise.expected) or guard.normal(code.co_filename) in self.files
 
     def reports(self) -> tuple[CaseReport, ...]:
         pairs = zip(self.asked, self.outcomes, strict=False)
         return tuple(trial.report(self.exercise, asked, outcome, self.tolerance) for asked, outcome in pairs)
+
+
+def _given(exercise: Exercise) -> frozenset[CodeType | None]:
+    """The code of the functions of ours that the stub itself imports: to be used, wherever they stand."""
+    given = []
+    for node in ast.parse(exercise.stub).body:
+        if isinstance(node, ast.ImportFrom) and node.module and node.module.startswith("minillm."):
+            module = importlib.import_module(node.module)
+            given += [guard.code_of(getattr(module, name.name)) for name in node.names]
+    return frozenset(given)
 
 
 def _difference(cases: tuple[CaseReport, ...]) -> str:

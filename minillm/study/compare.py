@@ -3,6 +3,7 @@
 import inspect
 import math
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -100,8 +101,9 @@ def errors(expected: Tensor, got: Tensor) -> Tensor:
 
 def describe(value: Any) -> str:
     """A returned value in words, without its contents: "float32[2, 3]", "None", "numpy.ndarray"."""
-    if isinstance(value, Tensor) and not value.is_nested:
-        return f"{str(value.dtype).removeprefix('torch.')}{list(value.shape)}"
+    with suppress(Exception):  # a subclass may refuse to be asked
+        if isinstance(value, Tensor) and not value.is_nested:
+            return f"{str(value.dtype).removeprefix('torch.')}{list(value.shape)}"
     if isinstance(value, tuple | list) and len(value) <= 4:
         return f"{type(value).__name__} of {', '.join(map(describe, value)) or 'nothing'}"
     if value is None:

@@ -52,10 +52,14 @@ class Wrong:
 
 @dataclass(frozen=True)
 class Probe:
-    """Sees what results do not show: `run(function)` calls it and returns a diagnosis, or None if all is well."""
+    """Sees what results do not show: `run(function)` calls it and returns a diagnosis, or None if all is well.
+
+    It is asked if all results are right, and with `wrong_too` also if they are not.
+    """
 
     name: str
     run: Callable[[Callable[..., Any]], str | None]
+    wrong_too: bool = False
 
 
 @dataclass(frozen=True, eq=False)

@@ -38,6 +38,7 @@ SETTINGS: tuple[tuple[Callable[[], Any], Callable[[Any], Any]], ...] = (  # of t
     (torch.get_num_threads, torch.set_num_threads),
     (torch.get_float32_matmul_precision, torch.set_float32_matmul_precision),
     (torch.are_deterministic_algorithms_enabled, torch.use_deterministic_algorithms),
+    (torch.is_anomaly_enabled, torch.autograd.set_detect_anomaly),
 )
 NOT_THE_LEARNERS = tuple(
     os.path.normcase(os.path.realpath(folder)) + os.sep
@@ -200,9 +201,20 @@ class Stopwatch:
         self.wall, self.processor = time.monotonic(), time.process_time()
 
     @property
+    def spent(self) -> tuple[float, float]:
+        """Seconds of the wall clock and of the processor."""
+        return time.monotonic() - self.wall, time.process_time() - self.processor
+
+    @property
     def seconds(self) -> float:
-        wall, processor = time.monotonic() - self.wall, time.process_time() - self.processor
+        wall, processor = self.spent
         return min(wall, max(processor, wall / 3))
+
+    @property
+    def idle(self) -> bool:
+        """Whether hardly any of the time was spent by the processor: the code waited for something."""
+        wall, processor = self.spent
+        return processor < wall / 10
 
 
 def _joined(thread: threading.Thread, seconds: float) -> bool:
@@ -214,17 +226,48 @@ def _joined(thread: threading.Thread, seconds: float) -> bool:
 
 
 def _stop(thread: threading.Thread) -> None:
-    """Ends the thread, or leaves it to a second thread that goes on trying."""
+    """Ends the thread, or leaves it to a second thread that asks it again from time to time."""
 
-    def stop(seconds: float) -> None:
+    def ask(seconds: float) -> None:
         end = time.monotonic() + seconds
         while thread.is_alive() and time.monotonic() < end:
-            ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread.ident or 0), ctypes.py_object(_Stop))
+            _send(thread, ctypes.py_object(_Stop))
             thread.join(0.05)
+        if thread.is_alive():
+            _forget(thread)
 
-    stop(GRACE)
+    def go_on() -> None:
+        while thread.is_alive():
+            thread.join(2.0)
+            ask(0.05)
+
+    ask(GRACE)
     if thread.is_alive():
-        threading.Thread(target=stop, args=(float("inf"),), daemon=True).start()
+        threading.Thread(target=go_on, daemon=True).start()
+
+
+def _send(thread: threading.Thread, exception: Any) -> None:
+    """Has the thread raise the exception at its next step in Python; None takes an earlier one back."""
+    ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread.ident or 0), exception)
+
+
+def _forget(thread: threading.Thread) -> None:
+    """Takes back the exception that a thread stuck in compiled code has not raised yet.
+
+    As long as one is pending anywhere, Python 3.11 lets every traced function of the process spin; and it only notices
+    that none is left when some thread has raised one.
+    """
+    _send(thread, None)
+
+    def take() -> None:
+        with contextlib.suppress(_Stop):
+            _send(threading.current_thread(), ctypes.py_object(_Stop))
+            for _ in range(1000):
+                (lambda: None)()
+
+    helper = threading.Thread(target=take, daemon=True)
+    helper.start()
+    helper.join()
 
 
 def _raised(error: BaseException) -> Raised:

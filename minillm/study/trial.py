@@ -4,7 +4,6 @@ import copy
 import functools
 import inspect
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -95,7 +94,8 @@ def report(exercise: Exercise, asked: Asked, outcome: Outcome, tolerance: Tolera
         if (found.close, -found.error) < (worst.close, -worst.error):
             worst, where = found, f"{name}{list(found.index) or ''}"
             if not found.close:
-                where += f", which is {_number(out.value[found.index])}, expected {_number(want[found.index])}"
+                got_one, expected_one = _apart(out.value[found.index], want[found.index])
+                where += f", which is {got_one}, expected {expected_one}"
     where = where if worst.error or not worst.close else ""
     return CaseReport(case.name, case.asked, expected, got, worst.error, where, worst.close and not outcome.changed)
 
@@ -149,7 +149,12 @@ def _misfit(exercise: Exercise, function: Callable[..., Any], args: Any, kwargs:
     return None
 
 
-def _number(value: Tensor) -> str:
-    with suppress(ValueError, TypeError):
-        return f"{value.item():.4g}"
-    return str(value.item())
+def _apart(got: Tensor, expected: Tensor) -> tuple[str, str]:
+    """Two different numbers in words, with as many digits as it takes to see that they differ."""
+    one, other = got.item(), expected.item()
+    if isinstance(one, float) and isinstance(other, float):
+        for digits in (4, 6, 9):
+            words = f"{one:.{digits}g}", f"{other:.{digits}g}"
+            if words[0] != words[1]:
+                return words
+    return str(one), str(other)

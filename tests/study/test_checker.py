@@ -363,6 +363,61 @@ def test_time_limit(task, monkeypatch, function, stuck):
     assert ("restart the kernel" in verdict.diagnosis) is stuck
 
 
+def test_a_call_that_waits_is_told_so(task, monkeypatch):
+    monkeypatch.setattr(guard, "GRACE", 0.3)
+    assert "it waits for something" in judge(task, sleeper, time_limit=0.3).diagnosis
+    assert "look for a loop" in judge(task, endless, time_limit=0.3).diagnosis
+
+
+def test_a_call_that_can_not_be_stopped_does_not_slow_the_next_one(task, monkeypatch):
+    monkeypatch.setattr(guard, "GRACE", 0.3)
+    asleep = threading.Event()
+
+    def long(x, w, keepdim=False):
+        asleep.wait(20)
+
+    try:
+        assert judge(task, long, time_limit=0.2).status == "error"
+        began = time.process_time()
+        assert judge(task, right).status == "passed"  # Python 3.11 spins here if an exception is pending elsewhere
+        assert time.process_time() - began < 2
+    finally:
+        asleep.set()
+
+
+def test_attempts_from_several_threads_keep_apart(task, capsys):
+    before, verdicts = list(warnings.filters), []
+
+    def loud(x, w, *, keepdim=False):
+        print("loud")
+        return right(x, w, keepdim=keepdim)
+
+    def work(function):
+        verdicts.append((function, judge(task, function)))
+
+    threads = [threading.Thread(target=work, args=(each,)) for each in (loud, right) * 3]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert [verdict.status for _, verdict in verdicts] == ["passed"] * 6
+    assert all(bool(verdict.printed) is (function is loud) for function, verdict in verdicts)
+    assert warnings.filters == before
+    print("as before")
+    assert capsys.readouterr().out == "as before\n"
+
+
+def test_a_tensor_that_refuses_to_be_asked(task):
+    class Stubborn(torch.Tensor):
+        @classmethod
+        def __torch_function__(cls, func, types, args=(), kwargs=None):
+            raise RuntimeError("no")
+
+    verdict = judge(task, lambda x, w, keepdim=False: x.as_subclass(Stubborn))
+    assert verdict.status == "failed"
+    assert "2 tensors are asked" in verdict.diagnosis
+
+
 @pytest.mark.parametrize(
     ("wall", "processor", "seconds"),
     [
@@ -500,11 +555,24 @@ def test_probe_finds_what_right_results_hide(task):
     assert all(case.ok for case in verdict.cases)
 
 
-def test_probe_explains_wrong_numbers_that_no_wrong_version_makes(task):
+def test_probe_is_not_asked_about_wrong_results_unless_it_says_so(task):
     def wrong(x, w, keepdim=False):
         return [each + 0.5 for each in pairs(x, w, keepdim=keepdim)]
 
-    assert judge(task, wrong).wrong == "large tensor"
+    assert judge(task, wrong).diagnosis.startswith("No known mistake gives these numbers.")
+    too = replace(task, probes=tuple(replace(probe, wrong_too=True) for probe in task.probes))
+    assert judge(too, wrong).wrong == "large tensor"
+
+
+def test_two_numbers_that_differ_are_shown_to_differ(task):
+    def nearly(x, w, keepdim=False):
+        mean, total = right(x, w, keepdim=keepdim)
+        return mean * (1 + 2e-5), total
+
+    found = next(case.where for case in judge(task, nearly).cases if not case.ok)
+    one, other = found.split("which is ")[1].split(", expected ")
+    assert one != other
+    assert float(one) == pytest.approx(float(other), rel=3e-5)
 
 
 @pytest.mark.parametrize(

@@ -87,7 +87,7 @@ def traffic(t: int, d: int, kib: list[int]) -> Figure:
     axes.set_xticks(kib, [str(n) for n in kib])
     axes.minorticks_off()
     axes.set_ylim(0, max(naive, *tiled) * 1.1)
-    axes.set(xlabel="on-chip memory for one tile (KiB)", ylabel="HBM traffic (MiB)")
+    axes.set(xlabel="on-chip memory for the tiles of q, k, v and output (KiB)", ylabel="HBM traffic (MiB)")
     axes.set_title(f"Forward pass of one head, t = s = {t:,}, d = {d}, float16")
     axes.legend(loc="upper right", bbox_to_anchor=(1, 0.68))
     return figure

@@ -17,7 +17,7 @@ ENCODINGS = {  # Okabe and Ito's colours, as in COLORS
     "ALiBi": "#009E73",
     "none": "#767676",
 }
-D = 16  # channels of the clock: 8 hands
+D = 16  # channels: 8 dials
 FAR = 64  # largest position and distance of the clock
 BLOCK = 8  # positions averaged in a curve of accuracy
 
@@ -50,7 +50,7 @@ def clock(m: int = 40, n: int = 12, shift: int = 0, content: str = "equal") -> t
     axes.set_title(f"distance {m - n}: score {score:.2f}")
     caption = (
         f"positions {m + shift:,} and {n + shift:,}, distance {m - n}: score {score:.4f}; "
-        "`shift` moves both and turns every hand, but no angle between two hands"
+        "`shift` moves both and turns every hand, but on no dial the angle between the two"
     )
     return figure, caption
 

@@ -19,7 +19,7 @@ import threading
 import time
 import warnings
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import CodeType, FrameType, FunctionType
 from typing import Any
@@ -108,17 +108,17 @@ def call(function: Callable[[], Any], seconds: float, watch: Callable[[CodeType]
     ):
         warnings.simplefilter("default")
         thread = threading.Thread(target=_work, args=(function, result, watch), daemon=True)
-        thread.start()
         try:
-            expired = not _joined(thread, seconds)
+            thread.start()
+            expired = not _done(result.done, seconds)
         except BaseException:
-            _stop(thread)
+            _stop(thread, result.done)
             raise
         if expired:
-            _stop(thread)
+            _stop(thread, result.done)
     for warning in list(caught):
         output.write(f"{warning.category.__name__}: {warning.message}\n")
-    return Call(result.value, result.raised, expired, thread.is_alive(), result.watched, str(output))
+    return Call(result.value, result.raised, expired, expired and not result.done.is_set(), result.watched, str(output))
 
 
 @contextlib.contextmanager
@@ -167,6 +167,7 @@ class _Result:
     value: Any = None
     raised: Raised | None = None
     watched: bool = False
+    done: threading.Event = field(default_factory=threading.Event)
 
 
 def _work(function: Callable[[], Any], result: _Result, watch: Callable[[CodeType], bool] | None) -> None:
@@ -191,6 +192,8 @@ def _work(function: Callable[[], Any], result: _Result, watch: Callable[[CodeTyp
             raise
         except BaseException as error:
             result.raised = _raised(error)
+        finally:
+            result.done.set()
 
 
 class Stopwatch:
@@ -217,32 +220,38 @@ class Stopwatch:
         return processor < wall / 10
 
 
-def _joined(thread: threading.Thread, seconds: float) -> bool:
-    """Waits in short steps, because Windows does not let Ctrl-C end a longer wait."""
+def _done(done: threading.Event, seconds: float) -> bool:
+    """Waits in short steps, because Windows does not let Ctrl-C end a longer wait.
+
+    For an event and not for the thread: Python 3.11 takes a thread for dead if Ctrl-C comes while it is joined.
+    """
     watch = Stopwatch()
-    while thread.is_alive() and (left := seconds - watch.seconds) > 0:
-        thread.join(min(left, 0.1))
-    return not thread.is_alive()
+    while not done.is_set() and (left := seconds - watch.seconds) > 0:
+        done.wait(min(left, 0.1))
+    return done.is_set()
 
 
-def _stop(thread: threading.Thread) -> None:
+def _stop(thread: threading.Thread, done: threading.Event) -> None:
     """Ends the thread, or leaves it to a second thread that asks it again from time to time."""
+
+    def runs() -> bool:
+        return thread.is_alive() and not done.is_set()  # what is behind it is no longer the learner's
 
     def ask(seconds: float) -> None:
         end = time.monotonic() + seconds
-        while thread.is_alive() and time.monotonic() < end:
+        while runs() and time.monotonic() < end:
             _send(thread, ctypes.py_object(_Stop))
-            thread.join(0.05)
-        if thread.is_alive():
+            done.wait(0.05)
+        if runs():
             _forget(thread)
 
     def go_on() -> None:
-        while thread.is_alive():
-            thread.join(2.0)
+        while runs():
+            done.wait(2.0)
             ask(0.05)
 
     ask(GRACE)
-    if thread.is_alive():
+    if runs():
         threading.Thread(target=go_on, daemon=True).start()
 
 

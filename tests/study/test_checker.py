@@ -6,6 +6,7 @@ import importlib.util
 import math
 import random
 import signal
+import sys
 import threading
 import time
 import warnings
@@ -464,6 +465,7 @@ def test_ctrl_c_reaches_the_caller(task):
             judge(task, endless, time_limit=60)
     finally:
         signal.signal(signal.SIGINT, before)
+    assert not any(frame.f_code is endless.__code__ for frame in sys._current_frames().values()), "it still runs"
 
 
 # What a function does to its surroundings

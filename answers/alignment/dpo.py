@@ -1,5 +1,6 @@
 """The exercise of alignment/dpo: the loss of DPO from log-probabilities of tokens, and its wrong versions."""
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -89,11 +90,14 @@ def reference_detached(function: Callable[..., Any]) -> str | None:
 
 
 def far_apart(function: Callable[..., Any]) -> str | None:
-    """The loss of a pair in the wrong order by 2,000 nats is about 2,000 beta, not infinity."""
+    """A pair in the wrong order by 1,999 nats costs 1,999: not infinity, nor what a small constant in the log makes."""
     policy, mask = torch.tensor([[[-2000.0]], [[-1.0]]]), torch.ones(2, 1, 1, dtype=torch.bool)
-    loss = function(policy, torch.full_like(policy, -1.0), mask, beta=1.0)
-    if not bool(torch.isfinite(loss).all()):
-        return "The sigmoid of a very negative margin is 0 and its log infinite: use torch.nn.functional.logsigmoid."
+    loss = function(policy, torch.full_like(policy, -1.0), mask, beta=1.0).item()
+    if not math.isclose(loss, 1999.0, rel_tol=1e-3):
+        return (
+            f"A margin of -1,999 costs 1,999, in your loss {loss:.4g}: the sigmoid is 0 there, and exp(1,999) "
+            "infinite. Use torch.nn.functional.logsigmoid."
+        )
     return None
 
 

@@ -79,14 +79,14 @@ def make_cases() -> list[Case]:
         Case("with KL", (*responses(2, 3, 8, 2, scale=0.7), graded, uneven), {"beta": 0.5}, "a large beta"),
         Case("infinite padding", (*infinite, graded, uneven), {"beta": 0.1}, "masked tokens hold -inf"),
         Case("a silent group", (*responses(2, 3, 8, 4), silent, uneven), {}, "a group of equal rewards"),
-        Case("nearly equal", (*responses(2, 3, 8, 5), nearly, uneven), {}, "rewards that differ by 1e-4 and less"),
+        Case("nearly equal", (*responses(2, 3, 8, 10), nearly, uneven), {}, "rewards that differ by 1e-4 and less"),
         Case("little room", (first, *others, binary, full), {"clip": 0.05}, "clip is 0.05"),
         Case("the first step", (first, first, others[1], binary, full), {"beta": 0.0}, "all ratios are 1"),
     ]
 
 
 def only_the_policy(function: Callable[..., Any]) -> str | None:
-    """Gradient into every token of the policy's responses that is not clipped, and nowhere else."""
+    """Gradient into the policy's responses, and nowhere else."""
     mask = lengths(4, [[2, 4, 1]])
     old = (-torch.ones(1, 3, 4)).masked_fill(~mask, -torch.inf)
     policy, reference = old.clone().requires_grad_(), (old - 0.1).requires_grad_()
@@ -101,8 +101,39 @@ def only_the_policy(function: Callable[..., Any]) -> str | None:
             return f"Gradient flows into {name}, which is fixed: detach it."
     if policy.grad is not None and bool(policy.grad.isnan().any()):
         return "The gradient is NaN where masked tokens are infinite: put 0 there before you subtract and take exp."
-    if policy.grad is None or not torch.equal(policy.grad != 0, mask):
-        return "The gradient of the policy is not exactly on the responses: tokens are missing, or masked ones count."
+    if policy.grad is not None and bool(policy.grad[~mask].any()):
+        return "Gradient flows into tokens that the mask leaves out."
+    return None
+
+
+def pull_of_the_surrogate(function: Callable[..., Any]) -> str | None:
+    """Without KL the gradient is -A ratio where nothing is clipped, and 0 elsewhere."""
+    policy, old, reference = responses(1, 3, 4, 7)
+    policy.requires_grad_()
+    mask, rewards = lengths(4, [[2, 4, 1]]), torch.tensor([[1.0, 0.0, 0.25]])
+    loss = function(policy, old, reference, rewards, mask, clip=0.2, beta=0.0)
+    if loss.requires_grad:
+        loss.backward()
+    advantage = ((rewards - rewards.mean()) / (rewards.std() + 1e-4))[..., None]
+    ratio = (policy.detach() - old).exp()
+    cut = ((ratio > 1.2) & (advantage > 0)) | ((ratio < 0.8) & (advantage < 0))
+    wanted = torch.where(mask & ~cut, -advantage * ratio, 0) / mask.sum(dim=-1, keepdim=True) / 3
+    if policy.grad is None or not torch.allclose(policy.grad, wanted, rtol=1e-3, atol=1e-5):
+        return "The surrogate has the right value and another gradient: the ratio must stay attached to the policy."
+    return None
+
+
+def pull_of_the_kl(function: Callable[..., Any]) -> str | None:
+    """Without advantages the gradient is that of k3 alone, 1 - reference / policy for each token."""
+    policy, old, reference = responses(1, 3, 4, 8)
+    policy.requires_grad_()
+    mask = lengths(4, [[2, 4, 1]])
+    loss = function(policy, old, reference, torch.zeros(1, 3), mask, clip=0.2, beta=1.0)
+    if loss.requires_grad:
+        loss.backward()
+    wanted = torch.where(mask, 1 - (reference - policy.detach()).exp(), 0) / mask.sum(dim=-1, keepdim=True) / 3
+    if policy.grad is None or not torch.allclose(policy.grad, wanted, rtol=1e-3, atol=1e-5):
+        return "The KL term has the right value and another gradient: k3 must stay attached to the policy."
     return None
 
 
@@ -112,6 +143,15 @@ MEAN = "low=clip, high=clip)\n    return -sequence_mean(gain, mask).mean()"
 KL = "return sequence_mean(k3(log_probs.masked_fill(~mask, 0), reference.masked_fill(~mask, 0)), mask).mean()"
 LOSS = "loss = grpo_loss(policy, old, group_advantages(rewards).flatten(), mask, clip=clip)"
 SUM = "return loss + beta * reference_kl(policy, reference, mask)"
+WHOLE = f"{LOSS}\n    {SUM}"
+GAIN = "gain = clipped_surrogate(ratio, each_token(advantages, mask), low=clip, high=clip)"
+AVERAGE = f"{GAIN}\n    return -sequence_mean(gain, mask).mean()"
+RATIO = f"ratio = log_ratios(log_probs, old, mask).exp()\n    {AVERAGE}"
+EACH = (
+    "each = each_token(group_advantages(rewards).flatten(), mask)\n"
+    "    gain = clipped_surrogate(log_ratios(policy, old, mask).exp(), each, low=clip, high=clip)\n"
+    "    gain = gain - beta * k3(policy.masked_fill(~mask, 0), reference.masked_fill(~mask, 0))\n"
+)
 SPO = "alignment/spo"
 BASELINES = "alignment/baselines"
 LENGTH = "alignment/length_bias"
@@ -170,6 +210,24 @@ EXERCISE = Exercise(
             "You take the mean across prompts: a group is a row of rewards.",
         ),
         Wrong(
+            "normalised across the groups",
+            SCALED,
+            "return (rewards - rewards.mean(dim=0)) / (rewards.std(dim=0) + eps)",
+            "You take mean and standard deviation across prompts: a group is a row of rewards.",
+        ),
+        Wrong(
+            "normalised over the batch",
+            SCALED,
+            "return (rewards - rewards.mean()) / (rewards.std() + eps)",
+            "You take mean and standard deviation of all rewards: each group has its own.",
+        ),
+        Wrong(
+            "eps as a floor",
+            SCALED,
+            "return centred_advantages(rewards) / rewards.std(dim=1, keepdim=True).clamp(min=eps)",
+            "1e-4 is added to the standard deviation, you took it as its smallest value.",
+        ),
+        Wrong(
             "advantages in another order",
             "group_advantages(rewards).flatten(), mask, clip=clip)",
             "group_advantages(rewards).T.flatten(), mask, clip=clip)",
@@ -177,15 +235,62 @@ EXERCISE = Exercise(
         ),
         Wrong(
             "mean over tokens",
-            MEAN,
-            "low=clip, high=clip)\n    return -token_mean(gain, mask)",
+            WHOLE,
+            f"{EACH}    return -token_mean(gain, mask)",
             "You average over all tokens, as DAPO does: GRPO first averages over each response's own.",
         ),
         Wrong(
             "divided by the width",
-            MEAN,
-            "low=clip, high=clip)\n    return -sequence_sum(gain, mask).mean() / mask.shape[1]",
-            "You divide each response by the width of the batch, like Dr. GRPO: GRPO divides by its own length.",
+            WHOLE,
+            f"{EACH}    return -sequence_sum(gain, mask).mean() / mask.shape[1]",
+            "You divide each response by the width of the batch (Dr. GRPO divides by a constant, too): GRPO divides by "
+            "its own length.",
+        ),
+        Wrong(
+            "mask forgotten",
+            WHOLE,
+            "each = each_token(group_advantages(rewards).flatten(), mask)\n"
+            "    gain = clipped_surrogate((policy - old.detach()).exp(), each, low=clip, high=clip)\n"
+            "    return (beta * k3(policy, reference) - gain).mean()",
+            "Padding is averaged with the responses: only tokens that the mask marks count.",
+        ),
+        Wrong(
+            "masked by multiplication",
+            KL,
+            "return ((k3(log_probs, reference) * mask).sum(dim=-1) / mask.sum(dim=-1)).mean()",
+            "What is infinite at a masked token comes through, as inf times 0 is no number: masked_fill before exp.",
+        ),
+        Wrong(
+            "the larger",
+            AVERAGE,
+            AVERAGE.replace("clipped_surrogate(", "-clipped_surrogate(").replace("each_token(", "-each_token("),
+            "You took the larger of the two terms: PPO is pessimistic, the surrogate is the smaller one.",
+        ),
+        Wrong(
+            "the smaller ratio",
+            AVERAGE,
+            AVERAGE.replace(GAIN, "gain = ratio.clamp(max=1 + clip) * each_token(advantages, mask)"),
+            "You took the smaller ratio and multiplied then: for a negative advantage the smaller product has the "
+            "larger ratio. Multiply first.",
+        ),
+        Wrong(
+            "clipped term only",
+            AVERAGE,
+            AVERAGE.replace(GAIN, "gain = ratio.clamp(1 - clip, 1 + clip) * each_token(advantages, mask)"),
+            "Only the clipped term is there: a token that went the wrong way loses its gradient, too. Take the smaller "
+            "of both.",
+        ),
+        Wrong(
+            "ratio upside down",
+            RATIO,
+            RATIO.replace("log_ratios", "(-log_ratios").replace("mask).exp", "mask)).exp"),
+            "The ratio is upside down: policy / old, so exp(log_probs - old).",
+        ),
+        Wrong(
+            "difference for ratio",
+            RATIO,
+            RATIO.replace("log_ratios", "1 + log_ratios").replace("mask).exp()", "mask)"),
+            "The ratio is the exponential of the difference of log-probabilities, you left the exponential out.",
         ),
         Wrong(
             "no clipping",
@@ -204,6 +309,18 @@ EXERCISE = Exercise(
             LOSS,
             "loss = -grpo_loss(policy, old, group_advantages(rewards).flatten(), mask, clip=clip)",
             "The sign of the surrogate is that of an objective: a loss is minus it.",
+        ),
+        Wrong(
+            "sign of the loss",
+            WHOLE,
+            f"{EACH}    return sequence_mean(gain, mask).mean()",
+            "The sign is that of an objective, which is to be maximised: the loss is minus it.",
+        ),
+        Wrong(
+            "beta not used",
+            SUM,
+            SUM.replace("beta * ", ""),
+            "beta is not used: the KL is weighed with it.",
         ),
         Wrong(
             "no KL",
@@ -340,7 +457,11 @@ EXERCISE = Exercise(
             LENGTH,
         ),
     ),
-    probes=(Probe("gradient", only_the_policy),),
+    probes=(
+        Probe("gradient", only_the_policy),
+        Probe("gradient of the surrogate", pull_of_the_surrogate),
+        Probe("gradient of the KL", pull_of_the_kl),
+    ),
     hints=(
         "rewards.mean(dim=1, keepdim=True) and rewards.std(dim=1, keepdim=True): one baseline and scale a group.",
         "Put 0 where the mask is False, in all three log-probabilities, before you take exp; detach old and reference.",

@@ -84,9 +84,10 @@ def make_cases() -> list[Case]:
 
 
 def nothing_else_learns(function: Callable[..., Any]) -> str | None:
-    """Gradient for the policy's response tokens, and for nothing else."""
-    policy, old, reference, advantages = (x.requires_grad_() for x in tokens(3, 5, 7))
+    """Gradient for the policy, in the response only, and for nothing else."""
     mask = lengths(5, [2, 5, 3])
+    several = [x.masked_fill(~mask, -torch.inf).requires_grad_() for x in tokens(3, 5, 7)]
+    policy, old, reference, advantages = several
     loss = function(policy, old, reference, advantages, mask, clip=0.2, beta=0.3)
     if not loss.requires_grad:
         return "No gradient reaches the policy: keep the loss a tensor, without item(), detach() or no_grad()."
@@ -95,8 +96,26 @@ def nothing_else_learns(function: Callable[..., Any]) -> str | None:
     for name, x in zip(names, (old, reference, advantages), strict=True):
         if x.grad is not None and bool(x.grad.any()):
             return f"Gradient flows into {name}: detach."
-    if policy.grad is None or not torch.equal(policy.grad != 0, mask):
-        return "The gradient of the policy is not exactly on the response: tokens are missing, or masked ones count."
+    if policy.grad is not None and bool(policy.grad.isnan().any()):
+        return "The gradient is NaN where masked tokens are infinite: put 0 there before you subtract and take exp."
+    if policy.grad is not None and bool(policy.grad[~mask].any()):
+        return "Gradient flows into tokens that the mask leaves out."
+    return None
+
+
+def pull_of_the_surrogate(function: Callable[..., Any]) -> str | None:
+    """Without KL the gradient is -A ratio where nothing is clipped, and 0 elsewhere."""
+    policy, old, reference, advantages = tokens(3, 5, 9)
+    policy.requires_grad_()
+    mask = lengths(5, [2, 5, 3])
+    loss = function(policy, old, reference, advantages, mask, clip=0.2, beta=0.0)
+    if loss.requires_grad:
+        loss.backward()
+    ratio = (policy.detach() - old).exp()
+    cut = ((ratio > 1.2) & (advantages > 0)) | ((ratio < 0.8) & (advantages < 0))
+    wanted = torch.where(mask & ~cut, -advantages * ratio, 0) / mask.sum()
+    if policy.grad is None or not torch.allclose(policy.grad, wanted, rtol=1e-3, atol=1e-5):
+        return "The surrogate has the right value and another gradient: the ratio must stay attached to the policy."
     return None
 
 
@@ -105,7 +124,9 @@ def pull_of_the_kl(function: Callable[..., Any]) -> str | None:
     policy, old, reference, advantages = tokens(3, 5, 8)
     policy.requires_grad_()
     mask = lengths(5, [2, 5, 3])
-    function(policy, old, reference, 0 * advantages, mask, clip=0.2, beta=10.0).backward()
+    loss = function(policy, old, reference, 0 * advantages, mask, clip=0.2, beta=10.0)
+    if loss.requires_grad:
+        loss.backward()
     wanted = torch.where(mask, 1 - (reference - policy.detach()).exp(), 0)
     if policy.grad is None or not torch.allclose(policy.grad, wanted, rtol=1e-3, atol=1e-4):
         return "The KL term has the right value and another gradient: k3 must stay attached to the policy."
@@ -138,6 +159,13 @@ EXERCISE = Exercise(
             SURROGATE,
             SURROGATE.replace("minimum", "maximum"),
             "You took the larger of the two terms: PPO is pessimistic, the surrogate is the smaller one.",
+        ),
+        Wrong(
+            "the smaller ratio",
+            SURROGATE,
+            "return torch.minimum(ratio, ratio.clamp(1 - low, 1 + high)) * advantage",
+            "You took the smaller ratio and multiplied then: for a negative advantage the smaller product has the "
+            "larger ratio. Multiply first.",
         ),
         Wrong(
             "clipped term only",
@@ -210,6 +238,18 @@ EXERCISE = Exercise(
             "Masked tokens are zeroed but counted: divide by the number of response tokens, not by b x t.",
         ),
         Wrong(
+            "divided by the responses",
+            SUM,
+            SUM.replace("return ", "return mask.sum() / len(mask) * (") + ")",
+            "You divide by the number of responses: divide by the number of their tokens.",
+        ),
+        Wrong(
+            "advantages whitened",
+            LOSS,
+            LOSS.replace("advantages.detach()", "whiten(advantages, mask)"),
+            "You normalise the advantages: they are used as they are given.",
+        ),
+        Wrong(
             "mean of means",
             SUM,
             "ratio = log_ratios(log_probs, old, mask).exp()\n"
@@ -235,6 +275,12 @@ EXERCISE = Exercise(
             KL,
             "kl = token_mean(k3(-d, torch.zeros_like(d)), mask)",
             "k3 is flipped: exp(-d) - 1 + d with d = log(policy / reference): the ratio in it is reference / policy.",
+        ),
+        Wrong(
+            "k3 without -1",
+            KL,
+            "kl = 1 + token_mean(k3(d, torch.zeros_like(d)), mask)",
+            "Your k3 is 1 where policy and reference agree, and must be 0 there: exp(-d) - 1 + d.",
         ),
         Wrong(
             "KL to the old policy",
@@ -378,7 +424,11 @@ EXERCISE = Exercise(
             TRIALS,
         ),
     ),
-    probes=(Probe("gradient", nothing_else_learns), Probe("gradient of the KL", pull_of_the_kl)),
+    probes=(
+        Probe("gradient", nothing_else_learns),
+        Probe("gradient of the surrogate", pull_of_the_surrogate),
+        Probe("gradient of the KL", pull_of_the_kl),
+    ),
     hints=(
         "Subtract first, then put 0 where the mask is False (masked_fill), then take exp: so padding never matters.",
         "ratio = exp(log_probs - old.detach()); the surrogate is torch.minimum(ratio * A, ratio.clamp(...) * A).",

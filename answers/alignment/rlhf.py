@@ -86,17 +86,23 @@ def pulls_one_token(function: Callable[..., Any]) -> str | None:
     if not loss.requires_grad:
         return "No gradient reaches the values: keep the loss a tensor, without item(), detach() or no_grad()."
     loss.backward()
-    if values.grad is None or not bool((values.grad != 0).sum(dim=-1).eq(1).all()):
+    reached = torch.zeros(2, 3) if values.grad is None else (values.grad != 0).sum(dim=-1)
+    for side, pulled in zip(("chosen", "rejected"), reached, strict=True):
+        if not bool(pulled.all()):
+            return f"No gradient reaches the {side} texts: both scores of a pair learn, neither is detached."
+    if bool((reached > 1).any()):
         return "More than one token of a text gets a gradient: the score is the value at one token, the last real one."
     return None
 
 
 def far_apart(function: Callable[..., Any]) -> str | None:
-    """The loss of a pair in the wrong order by 2,000 is about 2,000, not infinity."""
+    """A pair in the wrong order by 2,000 costs 2,000: not infinity, nor what a small constant in the log makes."""
     values = torch.tensor([[[-1000.0]], [[1000.0]]])
-    if not bool(torch.isfinite(function(values, torch.ones(2, 1, 1, dtype=torch.bool))).all()):
+    loss = function(values, torch.ones(2, 1, 1, dtype=torch.bool)).item()
+    if not math.isclose(loss, 2000.0, rel_tol=1e-3):
         return (
-            "The sigmoid of a very negative difference is 0 and its log infinite: use torch.nn.functional.logsigmoid."
+            f"A difference of -2,000 costs 2,000, in your loss {loss:.4g}: the sigmoid is 0 there, and exp(2,000) "
+            "infinite. Use torch.nn.functional.logsigmoid."
         )
     return None
 
@@ -153,6 +159,12 @@ EXERCISE = Exercise(
             READ,
             "return values.masked_fill(~real, 0).sum(dim=1)",
             "You summed over the real tokens: the score is the value at the last one only.",
+        ),
+        Wrong(
+            "read by multiplication",
+            READ,
+            "return (values * F.one_hot(last, values.shape[1])).sum(dim=1)",
+            "What padding holds comes through, as NaN times 0 is NaN: read the last real token with gather.",
         ),
         Wrong(
             "chosen and rejected exchanged",

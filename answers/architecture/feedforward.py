@@ -25,10 +25,15 @@ def swiglu(x, gate, up, down):
 
 
 def oracle(x, gate, up, down):  # type: ignore[no-untyped-def]
-    """The definition in float64, written with an exponential."""
-    wide = torch.einsum("...c,fc->...f", x.double(), gate.double())
-    other = torch.einsum("...c,fc->...f", x.double(), up.double())
-    return torch.einsum("...f,cf->...c", wide / (1 + torch.exp(-wide)) * other, down.double()).to(x.dtype)
+    """The definition in float64."""
+    return defined(x.double(), gate.double(), up.double(), down.double()).to(x.dtype)
+
+
+def defined(x: Tensor, gate: Tensor, up: Tensor, down: Tensor) -> Tensor:
+    """The definition, written with an exponential; the probe of the gradients may call it, the oracle it may not."""
+    wide = torch.einsum("...c,fc->...f", x, gate)
+    other = torch.einsum("...c,fc->...f", x, up)
+    return torch.einsum("...f,cf->...c", wide / (1 + torch.exp(-wide)) * other, down)
 
 
 def tensors(*shape: int, f: int, seed: int, size: float = 1.0) -> tuple[Tensor, ...]:
@@ -54,14 +59,27 @@ def make_cases() -> list[Case]:
     ]
 
 
-def without_gradient(function: Callable[..., Tensor]) -> str | None:
-    """Which of the arguments the result does not depend on, as autograd sees it."""
-    inputs = [x.requires_grad_() for x in tensors(3, 6, f=10, seed=8)]
+def gradients(function: Callable[..., Tensor]) -> str | None:
+    """Which of the arguments get no gradient, or another one than that of the definition."""
+    inputs = [x.double().requires_grad_() for x in tensors(3, 6, f=10, seed=8)]
+    names = ("x", "gate", "up", "down")
     out = function(*inputs)
     grads = torch.autograd.grad(out.sum(), inputs, allow_unused=True) if out.requires_grad else [None] * 4
-    lost = [name for name, grad in zip(("x", "gate", "up", "down"), grads, strict=True) if grad is None]
-    said = "The numbers are right, but no gradient reaches {}: the layer could not be trained."
-    return said.format(", ".join(lost)) if lost else None
+    right = torch.autograd.grad(defined(*inputs).sum(), inputs)
+    lost, bad = [], []
+    for name, grad, asked in zip(names, grads, right, strict=True):
+        if grad is None:
+            lost.append(name)
+        elif not torch.allclose(grad, asked, rtol=1e-3, atol=1e-4):
+            bad.append(name)
+    if lost:
+        return f"The numbers are right, but no gradient reaches {', '.join(lost)}: the layer could not be trained."
+    if bad:
+        return (
+            f"The numbers are right, but the gradient that reaches {', '.join(bad)} is not: part of the way to it is "
+            "cut off. Detach nothing."
+        )
+    return None
 
 
 SWIGLU = "return F.linear(F.silu(F.linear(x, gate)) * F.linear(x, up), down)"
@@ -197,7 +215,7 @@ EXERCISE = Exercise(
             "The matched width is two thirds of 4c.",
         ),
     ),
-    probes=(Probe("gradients", without_gradient),),
+    probes=(Probe("gradients", gradients),),
     hints=(
         "Weights are stored as [out, in]: x @ gate.mT, or F.linear(x, gate), takes c channels to f.",
         "Make two hidden tensors of width f from the same x, one with gate and one with up.",

@@ -52,7 +52,8 @@ def make_cases() -> list[Case]:
         Case("silent token", (silent, torch.ones(6)), {}, "a token of zeros"),
         Case("loud half precision", (loud, halves.half()), {}, "float16 values whose square is not finite"),
         Case("bfloat16", (randn(3, 64, seed=8, dtype=torch.bfloat16), halves.bfloat16()), {}, "bfloat16"),
-        Case("float64", (randn(3, 8, seed=9, dtype=torch.float64), torch.ones(8).double()), {}, "float64"),
+        Case("float64", (randn(3, 8, seed=9).double(), torch.ones(8).double()), {}, "float64"),
+        Case("loud float64", (randn(3, 8, seed=14).double() * 1e30, torch.ones(8).double()), {}, "1e60 is no float32"),
     ]
 
 
@@ -89,7 +90,7 @@ def gradient(function: Callable[..., Any]) -> str | None:
     if any(grad is None for grad in grads):
         return "No gradient reaches x or the weight: both are learnt through."
     if (grads[0] * x).sum(dim=-1).abs().max() > 1e-9:
-        return "The statistics were detached: growing x must not change the result, so its gradient must be across x."
+        return "Part of it was detached: growing x must not change the result, so its gradient must be across x."
     return None
 
 
@@ -141,6 +142,12 @@ EXERCISE = Exercise(
             "eps is missing: a token of zeros becomes NaN.",
         ),
         Wrong(
+            "eps fixed",
+            MEAN,
+            MEAN.replace("+ eps", "+ 1e-6"),
+            "eps is fixed at its default: use the argument, models differ in it.",
+        ),
+        Wrong(
             "no root",
             "scale = torch.rsqrt(",
             "scale = 1 / (",
@@ -163,6 +170,18 @@ EXERCISE = Exercise(
             MEAN,
             "wide.square().mean() + eps",
             "One mean square was taken over all tokens: each token is normalised alone, over its last axis.",
+        ),
+        Wrong(
+            "mean down the columns",
+            MEAN,
+            "wide.square().mean(dim=0, keepdim=True) + eps",
+            "The mean runs along the first axis, over other tokens: a token's channels are the last axis, dim=-1.",
+        ),
+        Wrong(
+            "always in float32",
+            "wide = x.to(torch.promote_types(x.dtype, torch.float32))\n    scale",
+            "wide = x.float()\n    scale",
+            "float64 is computed in float32, where 1e30 squared is infinite: keep float64 as it is.",
         ),
         Wrong(
             "statistics in half precision",

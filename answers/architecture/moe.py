@@ -52,7 +52,7 @@ def make_cases() -> list[Case]:
         Case("top-1", routed(40, 8, 1, 0), {}, "one expert a token"),
         Case("top-2", routed(40, 8, 2, 1), {}, "two experts a token"),
         Case("more experts than tokens", routed(3, 16, 4, 2), {}, "some experts get no token"),
-        Case("half precision", routed(64, 32, 4, 3, torch.bfloat16), {}, "bfloat16 logits"),
+        Case("half precision", routed(3, 16, 2, 5, torch.bfloat16), {}, "bfloat16 logits of three tokens"),
         Case("all experts", routed(5, 3, 3, 4), {}, "k = e: the shares are uniform whatever the router says"),
     ]
 
@@ -159,6 +159,13 @@ EXERCISE = Exercise(
             WIDE,
             "probability = logits.softmax",
             "The softmax runs in the half precision of the logits: convert them to float32 first.",
+        ),
+        Wrong(
+            "probabilities converted too late",
+            WIDE + "(dim=-1)",
+            "probability = logits.softmax(dim=-1).to(torch.promote_types(logits.dtype, torch.float32))",
+            "The probabilities are converted to float32 after the softmax, when they are rounded already: convert the "
+            "logits before it.",
         ),
     ),
     also_wrong=(

@@ -53,6 +53,12 @@ def low() -> tuple[torch.Tensor, ...]:
     return torch.full_like(q, 128.0), steps / 128 - 128, v
 
 
+def future() -> tuple[torch.Tensor, ...]:
+    """What the first query sees scores near -30,464; the key that is hidden from it scores +30,464."""
+    k = torch.tensor([-119.0, -118.0, -119.0, 119.0])[:, None].expand(4, 4).clone()
+    return torch.full((2, 4), 128.0), k, inputs(t=2, s=4)[2]
+
+
 def make_cases() -> list[Case]:
     return [
         Case("no cache", inputs(t=5, s=5), {}, "as many queries as keys, as in training"),
@@ -63,11 +69,12 @@ def make_cases() -> list[Case]:
         Case("values of another size", inputs(t=3, s=5, d=8, e=5), {}, "e = 5 while d = 8"),
         Case("large scores", inputs(t=3, s=6, size=1e4), {}, "scores of the order of 10,000"),
         Case("all scores very low", low(), {}, "every score is near -32,768, whatever the query sees"),
+        Case("the largest score hidden", future(), {}, "visible scores near -30,000, a hidden one of +30,000"),
     ]
 
 
-def few_products(function) -> str | None:  # type: ignore[no-untyped-def]
-    """A loop over 64 queries would do more than the 20 matrix products that anybody needs."""
+def loops(function) -> str | None:  # type: ignore[no-untyped-def]
+    """A loop over the queries takes eight times the operations for eight times as many of them."""
     count = 0
 
     class Counter(TorchDispatchMode):
@@ -77,18 +84,24 @@ def few_products(function) -> str | None:  # type: ignore[no-untyped-def]
 
         def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
             nonlocal count
-            count += func._schema.name in ("aten::mm", "aten::bmm", "aten::mv", "aten::dot", "aten::_softmax")
+            count += 1
             return func(*args, **(kwargs or {}))
 
-    with Counter():
-        function(*inputs(t=64, s=70, seed=2))
-    return "It takes the queries one by one: give all t rows one mask and one product." if count > 20 else None
+    counts = []
+    for t in (8, 64):
+        count, made = 0, inputs(t=t, s=70, seed=2)
+        with Counter():
+            function(*made)
+        counts.append(count)
+    few, many = counts
+    return "It loops over the queries: give all t rows one mask and one product." if many > 2 * few else None
 
 
 POSITIONS = "seen(positions[s - t :], positions)"
 SCORES = "scores = q @ k.mT / math.sqrt(q.shape[-1])  # *b t s"
 MASK = f"scores = scores.masked_fill(~{POSITIONS}, -math.inf)"
 OUT = "return torch.softmax(scores, dim=-1) @ v"
+INVERTED = f"torch.softmax((q @ k.mT / math.sqrt(q.shape[-1])).masked_fill({POSITIONS}, -math.inf), dim=-1)"
 SEEN = "return keys <= queries[:, None]"
 
 ATTENTION = "x = x + self.attention(rms_norm(x, self.attention_norm, eps=eps), cos, sin, cache, visible)"
@@ -148,6 +161,19 @@ EXERCISE = Exercise(
             "return keys >= queries[:, None]",
             "The mask is the wrong way round: it hides the past and shows the future.",
         ),
+        *(
+            Wrong(
+                name,
+                OUT,
+                f"return {weights} @ v",
+                "The mask is inverted: what a query may see is hidden from it. masked_fill hides where its mask is "
+                "True, scaled_dot_product_attention where it is False.",
+            )
+            for name, weights in (
+                ("mask inverted", INVERTED),
+                ("mask inverted, no key gives zeros", f"{INVERTED}.nan_to_num(0.0)"),
+            )
+        ),
         Wrong(
             "no mask",
             MASK,
@@ -166,6 +192,26 @@ EXERCISE = Exercise(
             f"return torch.softmax(q @ k.mT / math.sqrt(q.shape[-1]), dim=-1).masked_fill(~{POSITIONS}, 0.0) @ v",
             "The mask comes after the softmax: the weights left over sum to less than 1, and how much less depends on "
             "the future. Mask the scores first.",
+        ),
+        *(
+            Wrong(
+                name,
+                OUT,
+                f"p = torch.softmax(q @ k.mT / math.sqrt(q.shape[-1]), dim=-1).masked_fill(~{POSITIONS}, 0.0)\n"
+                f"    return p / {total} @ v",
+                "The exponentials are taken relative to a maximum over hidden keys too: where a hidden score is far "
+                "larger, those of all visible keys become 0. Mask the scores first.",
+            )
+            for name, total in (
+                ("maximum over hidden keys", "p.sum(dim=-1, keepdim=True)"),
+                ("maximum over hidden keys, guarded", "p.sum(dim=-1, keepdim=True).clamp(min=1e-9)"),
+            )
+        ),
+        Wrong(
+            "a large number added",
+            MASK,
+            f"scores = scores - 1e4 * ~{POSITIONS}",
+            "A large negative number is added to hidden scores, and they can be larger by more than that: use -inf.",
         ),
         Wrong(
             "a large number instead of infinity",
@@ -370,7 +416,7 @@ EXERCISE = Exercise(
             module=STACK,
         ),
     ),
-    probes=(Probe("loop over the queries", few_products),),
+    probes=(Probe("loop over the queries", loops),),
     hints=(
         "Give every token its position: the keys have 0 to s - 1. Which have the queries?",
         "A query at position p sees key j if j <= p; compare a column of t positions with a row of s.",

@@ -1,11 +1,14 @@
 """The exercise of attention/flash: attention over blocks of keys with an online softmax, and its wrong versions."""
 
 import math
+import weakref
 
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from minillm.study.checker import forbidden_ops, no_large_tensor
-from minillm.study.exercise import Case, Exercise, Wrong
+from minillm.study.exercise import Case, Exercise, Probe, Wrong
 
 STUB = '''\
 # exercise: attention/flash
@@ -21,6 +24,7 @@ def attention_in_blocks(q, k, v, *, block_size=128):
     Return (out, lse): out [..., t, d] in the dtype of q, and lse [..., t], the log-sum-exp
     of each row's scaled scores. Never hold more than t x block_size scores. Scores of
     +-10,000 must work, and the running statistics are float32 when the inputs are half precision.
+    Write the softmax yourself: no torch.softmax, logsumexp or scaled_dot_product_attention.
     """
     raise NotImplementedError
 '''
@@ -41,6 +45,7 @@ def make_cases() -> list[Case]:
         q, k, v = (torch.randn(x, generator=generator) for x in shapes)
         return q * size, k, v
 
+    low = torch.full((3, 4), 64.0), -78 - torch.arange(6.0)[:, None].expand(6, 4) / 64, torch.arange(24.0).view(6, 4)
     half = torch.zeros(1, 8, dtype=torch.float16), torch.zeros(2560, 8, dtype=torch.float16)
     return [
         Case("one block", tensors(t=3, s=4, d=8), {"block_size": 4}, "all keys fit in one block"),
@@ -50,6 +55,7 @@ def make_cases() -> list[Case]:
         Case("block larger than s", tensors(t=4, s=6, d=8), {"block_size": 64}, "a block size beyond the keys"),
         Case("heads", tensors(2, 3, t=5, s=9, d=16), {"block_size": 4}, "a batch of 2 with 3 heads"),
         Case("large scores", tensors(t=5, s=12, d=8, size=1e4), {"block_size": 4}, "scores of the order of 10,000"),
+        Case("all scores very low", low, {"block_size": 2}, "every score is near -10,000"),
         Case("half precision", (*half, torch.ones_like(half[1])), {"block_size": 1}, "2,560 equal float16 keys"),
     ]
 
@@ -59,10 +65,51 @@ def long_inputs() -> tuple[tuple[torch.Tensor, ...], dict[str, int]]:
     return tuple(torch.randn(512, 16, generator=generator) for _ in range(3)), {"block_size": 32}
 
 
+def held_together(function) -> str | None:  # type: ignore[no-untyped-def]
+    """Scores kept block by block are t x s together, and no tensor of them is large: all that is alive is counted."""
+    t, s, d = 256, 4096, 8
+    alive: list[weakref.ref[torch.Tensor]] = []
+    most = 0
+
+    class Memory(TorchDispatchMode):
+        @classmethod
+        def _should_skip_dynamo(cls) -> bool:
+            return False  # or torch imports its compiler first
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+            nonlocal most
+            out = func(*args, **(kwargs or {}))
+            made = [x for x in tree_leaves(out) if isinstance(x, torch.Tensor)]
+            made += [x for ref in alive if (x := ref()) is not None]
+            alive[:] = map(weakref.ref, made)
+            memory = {x.untyped_storage()._cdata: x.untyped_storage().nbytes() // x.element_size() for x in made}
+            most = max(most, sum(memory.values()))
+            return out
+
+    q, k, v = torch.ones(t, d), torch.ones(s, d), torch.ones(s, d)
+    with Memory():
+        function(q, k, v, block_size=64)
+    much = "At one moment it holds more than t x s numbers, the scores of all blocks, say: use a block and let it go."
+    return much if most > t * s else None
+
+
 STEP = "state = online_softmax_step(state, rows @ keys.mT, v[..., start : start + block_size, :])"
 LOCAL = (
     "local = online_softmax_step(empty_state(q, v.shape[-1]), rows @ keys.mT, v[..., start : start + block_size, :])"
 )
+FINISH = f"{STEP}\n    out, lse = finish(state)"
+UNGUARDED = "out, lse = state.acc / state.l[..., None], state.m + torch.log(state.l)"  # 0/0 is nan, as anybody has it
+NO_MAXIMUM = f"""p = torch.exp(rows @ keys.mT)
+        acc = state.acc + p @ v[..., start : start + block_size, :].to(p.dtype)
+        state = State(torch.zeros_like(state.m), state.l + p.sum(dim=-1), acc)
+    {UNGUARDED}"""
+FROM_ZERO = f"""state = state._replace(m=state.m.clamp(min=0.0))
+        {STEP}
+    {UNGUARDED}"""
+NOT_SHORT = f"""if keys.shape[-2] < block_size:
+            break
+        {STEP}
+    {UNGUARDED}"""
 LSE_GUARD = "shift = torch.where(m == -math.inf, 0.0, m)  # a row with no key yet: exp(-inf - 0) = 0, not exp(nan)"
 MAXIMUM = "m = torch.maximum(state.m, scores.amax(dim=-1))"
 SCALE = "rows = q.to(state.m.dtype) / math.sqrt(q.shape[-1])"
@@ -102,10 +149,17 @@ EXERCISE = Exercise(
         ),
         Wrong(
             "no maximum",
-            MAXIMUM,
-            "m = torch.zeros_like(state.m)",
+            FINISH,
+            NO_MAXIMUM,
             "Exponentials are taken without subtracting the running maximum: large scores overflow to inf and the "
             "output becomes nan.",
+        ),
+        Wrong(
+            "maximum from zero",
+            FINISH,
+            FROM_ZERO,
+            "The running maximum starts at a number such as 0 instead of -inf: where all scores are far below it, "
+            "every exponential becomes 0, and the output is 0/0 = nan.",
         ),
         Wrong(
             "no scale",
@@ -136,6 +190,13 @@ EXERCISE = Exercise(
             "range(0, k.shape[-2], block_size)",
             "range(0, k.shape[-2] - block_size + 1, block_size)",
             "The keys after the last full block are never read.",
+        ),
+        Wrong(
+            "short block dropped, 0/0 without a full one",
+            FINISH,
+            NOT_SHORT,
+            "The keys after the last full block are never read; with fewer keys than block_size none is, and 0/0 is "
+            "nan.",
         ),
         Wrong(
             "block outputs averaged",
@@ -169,6 +230,13 @@ EXERCISE = Exercise(
             "rescale = torch.exp(state.m - shift)",
             "rescale = torch.exp((shift - state.m).nan_to_num(posinf=0.0))",
             "The factor is exp(m_new - m_old); old sums must shrink when the maximum grows: exp(m_old - m_new).",
+        ),
+        Wrong(
+            "factor upside down from -inf",
+            "rescale = torch.exp(state.m - shift)",
+            "rescale = torch.exp(shift - state.m)",
+            "All is nan from the first block on, as when the factor is exp(m_new - m_old): with m_old = -inf that is "
+            "inf, and 0 * inf is nan. Old sums must shrink when the maximum grows: exp(m_old - m_new).",
         ),
         Wrong(
             "statistics in half precision",
@@ -285,7 +353,12 @@ EXERCISE = Exercise(
         ),
     ),
     probes=(
-        no_large_tensor(long_inputs, 512 * 32, "A tensor of t x s elements was built: keep to t x block_size scores."),
+        no_large_tensor(
+            long_inputs,
+            512 * 32,
+            "A tensor of more than t x block_size elements was built: take the keys block by block.",
+        ),
+        Probe("all blocks held", held_together),
         forbidden_ops(
             long_inputs,
             ("_scaled_dot_product", "_softmax", "logsumexp"),

@@ -20,7 +20,8 @@ def grouped_attention(q, k, v, *, causal=False):
     q is [b, h, t, d]; k and v are [b, g, s, d]. Neighbouring query heads share: with r = h / g the first
     r read key/value head 0, the next r head 1. Return [b, h, t, d] in the dtype of q. With causal=True
     the last query sees every key, the one before it all but the last (t <= s). Do not copy k or v for
-    each query head: work with q as g groups of r heads.
+    each query head: work with q as g groups of r heads, without scaled_dot_product_attention. Scores
+    of +-10,000 must work.
     """
     raise NotImplementedError
 '''
@@ -48,6 +49,10 @@ def make_cases() -> list[Case]:
         return q * size, k, v
 
     causal = {"causal": True}
+    low = torch.tensor([-40.25, -40.0, -40.25, 40.25])[:, None].expand(1, 2, 4, 4).clone()
+    future = torch.full((1, 4, 2, 4), 128.0), low, torch.arange(32.0).view(1, 2, 4, 4)
+    half = torch.arange(64.0).view(1, 2, 4, 8).half()
+    means = torch.zeros(1, 4, 2, 8).half(), half, half
     return [
         Case("multi-head", tensors(1, 4, 4, t=3, s=5, d=8), {}, "a key/value head for every query head"),
         Case("multi-query", tensors(1, 4, 1, t=3, s=5, d=8), {}, "one key/value head for all"),
@@ -57,6 +62,8 @@ def make_cases() -> list[Case]:
         Case("causal with a cache", tensors(2, 4, 2, t=2, s=6, d=8), causal, "two new queries after four cached keys"),
         Case("one new token", tensors(1, 8, 2, t=1, s=9, d=4), causal, "a decoding step: the query sees all nine keys"),
         Case("large scores", tensors(1, 4, 2, t=3, s=6, d=8, size=1e4), {}, "scores of the order of 10,000"),
+        Case("the largest score hidden", future, causal, "visible scores near -10,000, a hidden one of +10,000"),
+        Case("half precision", means, {}, "equal scores in float16: plain means"),
     ]
 
 
@@ -72,6 +79,12 @@ SCORES = 'scores = einsum(grouped, k, "b g r t d, b g s d -> b g r t s")'
 OUT = 'out = einsum(weights, v, "b g r t s, b g s d -> b g r t d")'
 SCALED = "rearrange(q / math.sqrt(q.shape[-1]), "
 VISIBLE = "visible(q.shape[2], k.shape[2], device"
+MASK = "scores = scores.masked_fill(~visible(q.shape[2], k.shape[2], device=q.device), -math.inf)"
+WEIGHTS = f"    if causal:\n        {MASK}\n    weights = torch.softmax(scores, dim=-1)"
+MASKED_LATE = (
+    "    weights = torch.softmax(scores, dim=-1)\n    if causal:\n"
+    "        weights = weights * visible(q.shape[2], k.shape[2], device=q.device)\n        weights = weights / "
+)
 TILED = "r = q.shape[1] // k.shape[1]\n    k, v = k.repeat(1, r, 1, 1), v.repeat(1, r, 1, 1)"
 
 EXERCISE = Exercise(
@@ -177,6 +190,33 @@ EXERCISE = Exercise(
             "device=q.device), -math.inf)",
             "device=q.device), 0.0)",
             "exp(0) is 1: a hidden score must be -inf, not 0.",
+        ),
+        Wrong(
+            "mask inverted",
+            "~visible(",
+            "visible(",
+            "The mask is inverted: what a query may see is hidden from it, and the last query, which sees every key, "
+            "is left with none. masked_fill hides where its mask is True.",
+        ),
+        *(
+            Wrong(
+                name,
+                WEIGHTS,
+                MASKED_LATE + total,
+                "The exponentials are taken relative to a maximum over hidden keys too: where a hidden score is far "
+                "larger, those of all visible keys become 0. Mask the scores before the softmax.",
+            )
+            for name, total in (
+                ("maximum over hidden keys", "weights.sum(dim=-1, keepdim=True)"),
+                ("maximum over hidden keys, guarded", "weights.sum(dim=-1, keepdim=True).clamp(min=1e-9)"),
+            )
+        ),
+        Wrong(
+            "a large number instead of infinity",
+            "device=q.device), -math.inf)",
+            "device=q.device), -1e4)",
+            "A large negative number hides scores instead of -inf: if it is put in their place, real scores can be "
+            "lower; if it is added, the hidden ones can be larger by more than that.",
         ),
         Wrong(
             "causal ignored",

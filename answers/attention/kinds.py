@@ -22,7 +22,8 @@ def multi_head(x_q, x_kv, wq, wk, wv, wo, *, heads, causal=False, key_padding=No
     wk and wv [rows, m], wo [out, rows]. Head i has the i-th block of d = rows / heads neighbouring rows.
     key_padding, bool [b, s], is True at keys that nobody may see. With causal=True the last query sees the
     last key, the one before it all but the last, and so on (t <= s). A query that may see no key at all, say
-    in a text of padding alone, gathers zeros: not NaN, and no NaN in any gradient. Return [b, t, out].
+    in a text of padding alone, gathers zeros: not NaN, and no NaN in any gradient. Return [b, t, out]
+    in the dtype of x_q.
     """
     raise NotImplementedError
 '''
@@ -66,6 +67,13 @@ def make_cases() -> list[Case]:
         x, _, *weights = tensors(b, t, t)
         return x, x, *weights
 
+    def hidden() -> tuple[Tensor, ...]:
+        """Query and key channels are alike, so that a score is 32 times the mean of a key's four channels."""
+        _, noise, _, _, wv, wo = tensors(1, 4, 4)
+        x_kv = torch.tensor([-32.0, -32.0, 16.0, 32.0])[:, None] + noise.round() / 8
+        return torch.ones(1, 4, 8), x_kv, 16 * torch.eye(8), torch.eye(8), wv, wo
+
+    last = torch.tensor([[False, False, False, True]])
     padding = torch.tensor([[False, False, False, True], [False, True, True, True]])
     left = torch.tensor([[True, True, False, False], [False, False, False, False]])
     nothing = torch.tensor([[True, True, True, True], [False, False, False, True]])
@@ -80,6 +88,13 @@ def make_cases() -> list[Case]:
         Case("with a cache", tensors(1, 2, 5), causal, "two new queries after three cached tokens, masked"),
         Case("large scores", tensors(1, 3, 4, size=1e3), {"heads": 2}, "scores of the order of 1,000"),
         Case("widths", tensors(1, 3, 5, m=6, rows=12, out=5), {"heads": 3}, "memory, heads and output differ in width"),
+        Case(
+            "the largest score hidden",
+            hidden(),
+            {**causal, "key_padding": last},
+            "visible scores near -1,000, hidden ones of +500 and +1,000",
+        ),
+        Case("double precision", tuple(x.double() for x in tensors(1, 3, 5)), causal, "everything in float64"),
     ]
 
 
@@ -116,6 +131,15 @@ def by_hand(scores: str, weights: str) -> str:
         f"{SEEN}\n    scores = {SCORES}\n    look = scores == scores if look is None else look\n"
         f"    scores = {scores}\n    out = {weights} @ v"
     )
+
+
+PAST = "torch.ones(t, s, dtype=torch.bool).tril(s - t)"
+REAL = "torch.ones(s, dtype=torch.bool) if key_padding is None else ~key_padding[:, None, None]"
+INVERTED = {  # what is hidden by a mask the wrong way round
+    "mask inverted": "look",  # made always
+    "mask inverted where there is one": "look & ~look.all()",  # made only if something is to be hidden
+    "causal mask inverted": f"{PAST} | ~({REAL}) if causal else ~look",
+}
 
 
 EXERCISE = Exercise(
@@ -236,6 +260,31 @@ EXERCISE = Exercise(
             SDPA,
             by_hand("scores * look", "torch.softmax(scores, dim=-1)"),
             "Hidden scores were set to 0, but exp(0) is 1: hidden keys keep a weight. They must be -inf.",
+        ),
+        *(
+            Wrong(
+                name + ending,
+                SDPA,
+                by_hand(f"scores.masked_fill({hidden}, float('-inf'))", f"torch.softmax(scores, dim=-1){guard}"),
+                "The mask is inverted: what a query may see is hidden from it. masked_fill hides where its mask is "
+                "True, scaled_dot_product_attention where it is False.",
+            )
+            for name, hidden in INVERTED.items()
+            for ending, guard in (("", ""), (", no key gives zeros", ".nan_to_num(0.0)"))
+        ),
+        *(
+            Wrong(
+                name,
+                SDPA,
+                by_hand("torch.softmax(scores, dim=-1) * look", f"(scores / {total})"),
+                "The exponentials are taken relative to a maximum over hidden keys too: where a hidden score is far "
+                "larger, those of all visible keys become 0. Mask the scores before the softmax, with -inf or a number "
+                "far below every score.",
+            )
+            for name, total in (
+                ("maximum over hidden keys", "scores.sum(dim=-1, keepdim=True)"),
+                ("maximum over hidden keys, guarded", "scores.sum(dim=-1, keepdim=True).clamp(min=1e-9)"),
+            )
         ),
         Wrong(
             "mask added as a number",

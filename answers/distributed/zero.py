@@ -99,10 +99,10 @@ def keeps_its_arguments(function: Callable[..., Any]) -> str | None:
 def shards_are_apart(function: Callable[..., Any]) -> str | None:
     """What a rank's new shard may depend on: its own states, and everybody's gradients."""
     gradients, masters, mean, square, step = drawn(3, 9, 4, seed=2)
-    before = function(gradients, masters, mean, square, step, **ADAMW)
+    before = function(gradients, masters, mean, square, step, clip=1.0, **ADAMW)
     masters = masters.clone()
     masters[1:] += 1
-    after = function(gradients, masters, mean, square, step, **ADAMW)
+    after = function(gradients, masters, mean, square, step, clip=1.0, **ADAMW)
     if not torch.equal(before[1][0], after[1][0]):
         return "Rank 0's new shard depends on other ranks' masters: a rank may use its own states only."
     return None
@@ -155,8 +155,14 @@ EXERCISE = Exercise(
         Wrong(
             "averaged in 16 bits",
             MEAN,
+            "return cut(gradients.mean(dim=0), len(gradients)).to(wide.dtype)",
+            "The mean is rounded to bfloat16 on the way: take it in float32 and leave it there.",
+        ),
+        Wrong(
+            "added in 16 bits",
+            MEAN,
             "return cut(sum(gradients) / len(gradients), len(gradients)).to(wide.dtype)",
-            "The mean is rounded to bfloat16 on the way: widen the gradients before adding them up.",
+            "Every partial sum is rounded to bfloat16: widen the gradients before adding them up.",
         ),
         Wrong(
             "every N-th number",
@@ -189,6 +195,12 @@ EXERCISE = Exercise(
             NORM,
             "norm = squares.mean().sqrt()",
             "The squares are averaged over ranks, so the norm is too small by a factor of sqrt(N): add them.",
+        ),
+        Wrong(
+            "root mean square",
+            NORM,
+            "norm = own.square().mean().sqrt()",
+            "You took the root of the mean square: a norm is the root of the sum of all squares.",
         ),
         Wrong(
             "clipped up",
@@ -317,7 +329,7 @@ EXERCISE = Exercise(
             RING,
         ),
     ),
-    probes=(Probe("arguments stay", keeps_its_arguments), Probe("own states only", shards_are_apart)),
+    probes=(Probe("arguments stay", keeps_its_arguments), Probe("own states only", shards_are_apart, wrong_too=True)),
     hints=(
         "m = -(-n // N). Put the mean gradient into zeros of N * m numbers and view them as [N, m]: row r is shard r.",
         "The norm of the whole gradient is the root of the sum of all shards' squares: a number that all ranks share.",

@@ -65,6 +65,7 @@ def make_cases() -> list[Case]:
 SAID = "said = ((starts <= place) & (place < ends)).any(dim=0)"
 SPANS = "starts, ends = spans[:, :1], spans[:, 1:]"
 FILL = "row[: len(ids)] = ids[:length]"
+PLACE = "\n    place = torch.arange(length, device=ids.device)\n"
 GIVE = "return row, row.masked_fill(~said, IGNORE)"
 LOSS = "return next_token_loss(logits, labels.clamp(min=0), ignore=labels == IGNORE)"
 TOY = "finetuning/chat_toy"
@@ -95,10 +96,23 @@ EXERCISE = Exercise(
             "belongs to it.",
         ),
         Wrong(
+            "without the end, or the last before the cut",
+            SAID,
+            "said = ((starts <= place) & (place < ends.clamp(max=length) - 1)).any(dim=0)",
+            "The last token of each answer is not a target, be it the end of message or the last before the cut: all "
+            "of a span that is in the row counts.",
+        ),
+        Wrong(
             "one too many",
             SAID,
             "said = ((starts <= place) & (place <= ends)).any(dim=0)",
             "The token after each answer is a target as well: the end of a span is one past its last token.",
+        ),
+        Wrong(
+            "one too many, but no padding",
+            SAID,
+            "said = ((starts <= place) & (place <= ends)).any(dim=0) & (place < len(ids))",
+            "The token after an answer is a target as well: the end of a span is one past its last token.",
         ),
         Wrong(
             "shifted spans",
@@ -106,6 +120,13 @@ EXERCISE = Exercise(
             "said = ((starts < place) & (place <= ends)).any(dim=0)",
             "Your targets lie one place too late: the first token of each answer is missing and the token after it is "
             "learnt. Labels stand at the token's own place.",
+        ),
+        Wrong(
+            "shifted spans, but no padding",
+            SAID,
+            "said = ((starts < place) & (place <= ends)).any(dim=0) & (place < len(ids))",
+            "Your targets lie one place too late: the first token of each answer is missing, the token after it is "
+            "learnt if there is one. Labels stand at the token's own place.",
         ),
         Wrong(
             "first answer only",
@@ -187,6 +208,13 @@ EXERCISE = Exercise(
             FILL,
             "row[length - len(ids) if length > len(ids) else 0 :] = ids[:length]",
             "The padding stands on the left, and the spans no longer fit: fill on the right.",
+        ),
+        Wrong(
+            "all on the left",
+            FILL + PLACE,
+            "shift = max(length - len(ids), 0)\n    row[shift:] = ids[:length]\n"
+            "    place = torch.arange(length, device=ids.device) - shift\n",
+            "The padding stands on the left, and the labels moved with it: fill on the right.",
         ),
     ),
     also_wrong=(

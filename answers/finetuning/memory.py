@@ -59,10 +59,10 @@ def make_cases() -> list[Case]:
         Case("QLoRA", (ADAPTERS, EIGHT_B - MATRICES, MATRICES), {}, "the matrices frozen in 4 bits"),
         Case("bf16", (1_000_001, 500), {"precision": "bf16"}, "16 bits for all: no masters"),
         Case("float32", (1_000_001,), {"precision": "fp32"}, "32 bits for all: no masters"),
-        Case("8-bit Adam", (1_000_000,), {"optimizer": "adam8bit"}, "means in 8 bits with scales"),
+        Case("8-bit Adam", (1_024_000,), {"optimizer": "adam8bit"}, "means in 8 bits with scales"),
         Case("ZeRO-1", (7_500_000,), {"zero": 1, "ranks": 64}, "means and masters shared by 64"),
         Case("ZeRO-2", (7_500_000,), {"zero": 2, "ranks": 64}, "gradients as well"),
-        Case("ZeRO-3", (10_007, 5_000, 3_000), {"zero": 3, "ranks": 3}, "all shared, and no part divides by 3"),
+        Case("ZeRO-3", (10_007, 5_001, 16_384), {"zero": 3, "ranks": 3}, "all shared, and no part divides by 3"),
         Case("ranks alone", (1_000,), {"ranks": 8}, "eight copies: nothing is shared"),
     ]
 
@@ -115,12 +115,18 @@ EXERCISE = Exercise(
             "You keep gradients in float32: in this recipe they have 16 bits, as the weights have.",
         ),
         Wrong(
+            "gradients always in float32",
+            GRADIENTS,
+            "share(2, 4 * trained),",
+            "You keep all gradients in float32: they have as many bits as the weights, 16 in two of the precisions.",
+        ),
+        Wrong(
             "masters everywhere",
             MIXED,
             MIXED.replace('"bf16": (2, 2, 0, 2)', '"bf16": (2, 2, 4, 2)').replace("(4, 4, 0, 4)", "(4, 4, 4, 4)"),
             "You give every precision a master copy: only mixed precision has one.",
         ),
-        Wrong("one mean", ADAM, ADAM.replace("2 * mean", "mean"), "Adam keeps two means a weight, you count one."),
+        Wrong("one mean", MEANS, "share(1, means / 2 * trained),", "Adam keeps two means a weight, you count one."),
         Wrong(
             "8-bit means without scales",
             ADAM,
@@ -136,8 +142,20 @@ EXERCISE = Exercise(
         Wrong(
             "frozen weights have means",
             MEANS,
+            "share(1, means * (trained + frozen)),",
+            "You give frozen weights means: Adam's exist for trained weights only.",
+        ),
+        Wrong(
+            "all weights have means",
+            MEANS,
             "share(1, means * (trained + frozen + packed)),",
-            "Adam's means exist for trained weights only.",
+            "You give frozen and packed weights means: Adam's exist for trained weights only.",
+        ),
+        Wrong(
+            "frozen weights have masters",
+            MASTER,
+            "share(1, master * (trained + frozen)),",
+            "You give frozen weights masters: only what is updated needs a float32 copy.",
         ),
         Wrong(
             "adapters without base weights",
@@ -168,6 +186,12 @@ EXERCISE = Exercise(
             MASTER,
             MASTER.replace("share(1", "share(3"),
             "The masters belong to the optimizer: they are shared from stage 1 on.",
+        ),
+        Wrong(
+            "masters are never shared",
+            MASTER,
+            MASTER.replace("share(1", "share(4"),
+            "You share the masters at no stage: they belong to the optimizer and are shared from stage 1 on.",
         ),
         Wrong(
             "ranks share without ZeRO",
@@ -313,7 +337,7 @@ EXERCISE = Exercise(
             MEASURED,
         ),
     ),
-    probes=(Probe("counts alone", counts_alone), Probe("whole numbers", whole_numbers)),
+    probes=(Probe("counts alone", counts_alone, wrong_too=True), Probe("whole numbers", whole_numbers)),
     hints=(
         "Bytes a number in mixed precision: weight 2, gradient 2, master 4, means 2 x 4. Only weights exist for "
         "frozen ones.",

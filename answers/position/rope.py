@@ -16,7 +16,8 @@ def apply_rope(x, cos, sin):
     x is [..., t, d] with even d; cos and sin are [..., t, d/2], one angle a pair, and broadcast over
     the leading axes of x (texts, heads). The point (a, b) that pair i of a token is becomes
     (a cos_i - b sin_i, a sin_i + b cos_i), in the same two channels. Return [..., t, d] in the
-    dtype of x: compute in the precision of the tables and round once, at the end.
+    dtype of x: compute in the precision of the tables and round once, at the end. Products of
+    numbers are enough: use no matrix products.
     """
     raise NotImplementedError
 '''
@@ -366,7 +367,8 @@ EXERCISE = Exercise(
         forbidden_ops(
             long_inputs,
             ("mm", "matmul", "einsum"),
-            "A matrix product does d multiplications for each channel; the rotation of a pair needs two.",
+            "The numbers are right, but a matrix product made them: a cos - b sin and a sin + b cos, number by number, "
+            "is all that is asked.",
         ),
     ),
     hints=(

@@ -170,6 +170,18 @@ EXERCISE = Exercise(
             "The step does not move on: the learning rate falls with each update, and the new state needs its number.",
         ),
         Wrong(
+            "rate of the resume",
+            "lr=rate(done)",
+            "lr=rate(i)",
+            "The learning rate counts updates since this resume: rate(n) takes those since the beginning of the run.",
+        ),
+        Wrong(
+            "rate of the first step",
+            "lr=rate(done)",
+            "lr=rate(int(state[2]))",
+            "All updates use the learning rate of the first one: it falls with each update.",
+        ),
+        Wrong(
             "data from the beginning",
             POSITION,
             "    epoch, taken = 0, 0\n",
@@ -208,6 +220,13 @@ EXERCISE = Exercise(
         ),
         Wrong(
             "dropout starts anew",
+            SET,
+            "",
+            "The generator is a new one without the saved state: dropout draws other masks than the run would have "
+            "drawn. Set its state.",
+        ),
+        Wrong(
+            "dropout seeded anew",
             SET,
             "    generator.manual_seed(0)\n",
             "The generator is seeded anew: dropout draws other masks than the run would have drawn. Set its state.",
@@ -356,7 +375,7 @@ EXERCISE = Exercise(
             LOOP,
         ),
     ),
-    probes=(Probe("two halves", two_halves), Probe("a state of its own", state_is_its_own)),
+    probes=(Probe("two halves", two_halves, wrong_too=True), Probe("a state of its own", state_is_its_own)),
     hints=(
         "Five things come out of `state` before the loop. Clone the weights and the momentum: update_ works in place.",
         "generator = torch.Generator(); generator.set_state(state[4]). And position is [epoch, taken], two numbers.",

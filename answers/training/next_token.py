@@ -19,8 +19,9 @@ def next_token_loss(logits, ids, *, ignore=None):
     ids [b, t] are the tokens that the model read, logits [b, t, v] what it said at each position.
     The logits at position i are judged by ids[:, i + 1]; the last position has no target.
     ignore [b, t] is True at tokens that are not to be learnt (padding, a prompt): they are no
-    targets. The result is the mean over all targets that are left, whatever row they are in;
-    0 if there is none. Half-precision logits are judged in float32.
+    targets. Logits without a target do not count, be they infinite. The result is the mean over
+    all targets that are left, whatever row they are in; 0 if there is none. Half-precision logits
+    are judged in float32.
     """
     raise NotImplementedError
 '''
@@ -92,7 +93,8 @@ def unread(function: Callable[..., Any]) -> str | None:
     if function(logits, ids, ignore=ignore).isfinite():
         return None
     return (
-        "Infinite logits before an ignored token spoil the loss: 0 x inf is nan. Leave them out instead of weighing 0."
+        "Infinite logits without a target (before an ignored token, or at the last position) spoil the loss: "
+        "0 x inf is nan. Leave them out instead of weighing 0."
     )
 
 
@@ -122,6 +124,14 @@ EXERCISE = Exercise(
             "The logits are judged by the token that was just read, not by the next one: the model learns to copy.",
         ),
         Wrong(
+            "no shift at all positions",
+            TARGETS + SHIFT,
+            "    targets = (ids if ignore is None else ids.masked_fill(ignore, IGNORE)).flatten()\n"
+            "    rows = logits.flatten(0, 1)\n",
+            "All t positions are judged, each by the token that it just read: the target of position i is "
+            "ids[:, i + 1], and the last position has none.",
+        ),
+        Wrong(
             "shifted twice",
             TARGETS + SHIFT,
             "    ids = torch.cat([ids[:, 1:], torch.full_like(ids[:, :1], IGNORE)], dim=1)\n"
@@ -148,6 +158,12 @@ EXERCISE = Exercise(
             TOTAL,
             "    return total / targets.numel()\n",
             "You divide by all positions, ignored ones included: the more padding, the smaller the loss looks.",
+        ),
+        Wrong(
+            "all tokens count in the mean",
+            TOTAL,
+            "    return total / ids.numel()\n",
+            "You divide by all b t tokens: the first of each row is no target, nor is one that is ignored.",
         ),
         Wrong(
             "sum instead of mean",

@@ -1,11 +1,12 @@
 """The exercise of training/precision: what a loss scaler does after backward(), and its wrong versions."""
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
 
-from minillm.study.exercise import Case, Exercise, Wrong
+from minillm.study.exercise import Case, Exercise, Probe, Wrong
 
 STUB = '''\
 # exercise: training/precision
@@ -24,7 +25,7 @@ def scaled_step(weight, gradient, scale, good, *, rate, clip=math.inf,
 
     In float32: divide the gradient by the scale. If all of it is finite, scale it down to a norm
     of `clip` where it is larger, and step: weight - rate * gradient. The `interval`-th good step in
-    a row multiplies the scale by `growth`, unless float32 would overflow, and the count is 0 again.
+    a row sets the count to 0 and, unless float32 would overflow, multiplies the scale by `growth`.
     If something is not finite: no step at all, the scale times `backoff`, count 0.
     """
     raise NotImplementedError
@@ -61,7 +62,7 @@ def make_cases() -> list[Case]:
     return [
         case("a good step", "divide, step, count", [8.0, -16.0, 4.0], 8.0, 3, rate=0.5),
         case("an infinity", "no step, half the scale", [8.0, inf, 4.0], 1024.0, 7, rate=0.5),
-        case("a NaN", "NaN is not finite either", [8.0, nan, 4.0], 1024.0, 7, rate=0.5, backoff=0.25, clip=1.0),
+        case("a NaN", "NaN is not finite either", [8.0, nan, 4.0], 2.0, 7, rate=0.5, backoff=0.25, clip=1.0),
         case("growth", "the last good step of the interval", [8.0, -16.0], 8.0, 4, rate=0.5, interval=5, growth=4.0),
         case("before growth", "one good step fewer", [8.0, -16.0], 8.0, 3, rate=0.5, interval=5),
         case("clipped", "norm 5 in truth, 1 at most", [3072.0, 4096.0], 1024.0, 0, rate=1.0, clip=1.0),
@@ -71,6 +72,29 @@ def make_cases() -> list[Case]:
         case("the end of float32", "the scale can not grow", [2.0**100, 1.0], 2.0**127, 1, rate=2.0**27, interval=2),
         case("a large sum", "finite, and the sum is not", [3e38, 3e38], 2.0**127, 0, rate=1.0),
     ]
+
+
+def new_tensors(function: Callable[..., Any]) -> str | None:
+    """What is given back is nobody else's, after a step that is made and after one that is skipped."""
+    for last in (1.0, math.inf):
+        given = case("", "", [2.0, last], 8.0, 3).args
+        names = zip(("weight", "scale", "good"), function(*given, rate=0.5), strict=True)
+        for name, result in names:
+            if any(result.data_ptr() == x.data_ptr() for x in given):
+                when = "after a step" if math.isfinite(last) else "where the step is skipped"
+                return f"The {name} that comes back {when} is the tensor that was given: return a new one, a clone."
+    return None
+
+
+def finite_however_large(function: Callable[..., Any]) -> str | None:
+    """Whether the step was skipped is seen in the scale; the weights may overflow by way of the norm."""
+    given = case("", "", [1e38] * 4, 1.0, 0).args
+    if function(*given, rate=1e-30)[1].item() != 1.0:
+        return (
+            "It skips the step of the gradient 1e38, 1e38, 1e38, 1e38 at scale 1, which is finite: its sum and its "
+            "norm overflow by themselves. Look at each number."
+        )
+    return None
 
 
 STEP = "moved = weight - rate * true if finite else weight.clone()"
@@ -136,6 +160,12 @@ EXERCISE = Exercise(
             "It scales small gradients up to `clip`: only a larger norm changes.",
         ),
         Wrong(
+            "clipped up, zeros too",
+            CLIP,
+            "true *= clip / true.norm() if clip < math.inf else 1.0",
+            "It scales every gradient to the norm `clip`, and a gradient of zeros to NaN: only a larger norm changes.",
+        ),
+        Wrong(
             "clipped one by one",
             CLIP,
             "true.clamp_(-clip, clip)",
@@ -158,6 +188,12 @@ EXERCISE = Exercise(
             BACK,
             "return float32(scale * backoff), good",
             "The good steps must be in a row: an infinity sets the count to 0.",
+        ),
+        Wrong(
+            "an infinity is counted",
+            BACK,
+            "return float32(scale * backoff), good + 1",
+            "A step with an infinity is counted as a good one: it sets the count to 0.",
         ),
         Wrong("no growth", GROW, "return scale, 0", "The scale never grows: it must, after `interval` good steps."),
         Wrong(
@@ -191,6 +227,12 @@ EXERCISE = Exercise(
             "It asks whether the sum of the scaled gradient is finite: a sum of finite numbers can overflow by itself.",
         ),
         Wrong(
+            "looks at the norm",
+            LOOK,
+            "finite = unscale([true], scale.item()) and bool(gradient.float().norm().isfinite())",
+            "It asks whether the norm of the scaled gradient is finite: squares of finite numbers can overflow.",
+        ),
+        Wrong(
             "zeros count as bad",
             LOOK,
             "finite = unscale([true], scale.item()) and bool(true.any())",
@@ -199,8 +241,14 @@ EXERCISE = Exercise(
         Wrong(
             "grows beyond float32",
             "(float32(larger) if larger < 2.0**128 else scale)",
-            "min(larger, 3.4e38)",
-            "It grows where float32 ends: then the scale stays as it is.",
+            "larger",
+            "It grows where float32 ends, and the scale is infinite: then it stays as it is.",
+        ),
+        Wrong(
+            "grows up to the end of float32",
+            "(float32(larger) if larger < 2.0**128 else scale)",
+            "min(larger, (2 - 2.0**-23) * 2.0**127)",
+            "It grows to the largest number of float32: where a whole step up is too much, the scale stays as it is.",
         ),
     ),
     also_wrong=(
@@ -310,6 +358,7 @@ EXERCISE = Exercise(
             ROUNDING,
         ),
     ),
+    probes=(Probe("new tensors", new_tensors), Probe("finite, however large", finite_however_large)),
     hints=(
         "Go to float32 with a copy: gradient.to(torch.float32, copy=True), then divide by the scale, then look: "
         "isfinite().all().",

@@ -45,7 +45,7 @@ def make_cases() -> list[Case]:
         Case("short run", (torch.arange(11),), {"warmup": 2, "total": 10, "decay": 4}, "10 steps: 2 up, 4 down"),
         Case("floor", (torch.arange(101),), {"warmup": 10, "total": 100, "decay": 30, "floor": 0.1}, "down to 0.1"),
         Case("no warm-up", (torch.arange(21),), {"warmup": 0, "total": 20, "decay": 5}, "warmup=0: no division by 0"),
-        Case("no decay", (torch.arange(21),), {"warmup": 5, "total": 20, "decay": 0}, "decay=0: it stays at 1"),
+        Case("no decay", (torch.arange(20),), {"warmup": 5, "total": 20, "decay": 0}, "decay=0: it stays at 1"),
         Case(
             "no stable phase",
             (torch.arange(21),),
@@ -76,7 +76,7 @@ def make_cases() -> list[Case]:
 def numbers_its_own_steps(function: Callable[..., Any]) -> str | None:
     """The steps are values, not positions."""
     options = {"warmup": 10, "total": 40, "decay": 10}
-    if torch.equal(function(torch.tensor([30, 35, 5]), **options), function(torch.arange(3), **options)):
+    if torch.equal(function(torch.tensor([5, 35, 60]), **options), function(torch.arange(3), **options)):
         return "The result does not depend on `steps`: use their values, not their positions 0, 1, 2."
     return None
 
@@ -349,7 +349,10 @@ EXERCISE = Exercise(
             SCALING,
         ),
     ),
-    probes=(Probe("its own steps", numbers_its_own_steps), Probe("stable phase", stable_phase)),
+    probes=(
+        Probe("its own steps", numbers_its_own_steps, wrong_too=True),
+        Probe("stable phase", stable_phase, wrong_too=True),
+    ),
     hints=(
         "The factor is a product: the warm-up min(1, step / warmup), and the decay, which is 1 until total - decay.",
         "x = (step - (total - decay)) / decay, clamped to 0 ... 1. With warmup=0 or decay=0 do not divide by 0.",

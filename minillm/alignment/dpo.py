@@ -10,7 +10,7 @@ Cost:        Forward and backward of both responses with the policy, forward wit
              log-probabilities).
 Paper:       Rafailov et al. 2023, arXiv:2305.18290, equation 7; Azar et al. 2023, "IPO", arXiv:2310.12036, equation 17;
              Ethayarajh et al. 2024, "KTO", arXiv:2402.01306; Meng et al. 2024, "SimPO", arXiv:2405.14734.
-Production:  TRL DPOTrainer (loss_type "sigmoid" and "ipo"), KTOTrainer ("kto"), CPOTrainer ("simpo").
+Production:  TRL DPOTrainer (loss_type "sigmoid" and "ipo"), KTOTrainer ("kto"), CPOTrainer ("simpo", experimental).
 Leaves out:  label smoothing, a term of the chosen response's likelihood, log-probabilities that depend on the length.
 """
 

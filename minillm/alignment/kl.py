@@ -1,7 +1,7 @@
 """How far a policy is from a reference: three estimators from one sample, and what the gradient of each one is.
 
 Idea:        KL(policy, reference) is the mean of log(policy / reference) over the policy's own samples. With d that
-             log of one sampled token, k1 = d has the right mean, a large variance and both signs; k2 = d^2 / 2 is
+             log of one sampled token, k1 = d has the right mean and both signs; k2 = d^2 / 2 is
              never negative but biased; k3 = e^-d - 1 + d is never negative and has the right mean. That a number has
              the right mean says nothing about its gradient, because the samples depend on the policy, too. As a loss:
              k1 has gradient 0 in the mean, k2 that of KL(policy, reference), k3 that of KL(reference, policy), the
@@ -10,7 +10,7 @@ Cost:        A forward pass of the reference. The exact KL of a token needs its 
 Paper:       Tang and Munos 2025, arXiv:2506.09477 (gradients); Shao et al. 2024, "DeepSeekMath", arXiv:2402.03300,
              equation 4 (k3 in a loss); DeepSeek-AI 2025, "DeepSeek-V3.2", arXiv:2512.02556 (k3 times the ratio).
              The names are from J. Schulman 2020, "Approximating KL divergence", joschu.net/blog/kl-approx.html.
-Production:  TRL GRPOTrainer (k3; times the ratio with use_bias_correction_kl); verl kl_penalty ("kl", "mse",
+Production:  TRL GRPOTrainer (k3 times the ratio; alone without use_bias_correction_kl); verl kl_penalty ("kl", "mse",
              "low_var_kl").
 Leaves out:  the KL of whole sequences, for which later tokens' KL counts as an earlier token's reward.
 """

@@ -201,7 +201,8 @@ def value_loss(
 ) -> Float[Tensor, ""]:
     """Half the mean over response tokens of the larger squared error: of the value, or of it kept within old +- clip.
 
-    So a value that has moved further than `clip` towards its return gets no gradient. None flows into old and returns.
+    So a value that has moved further than `clip` and is nearer to its return than the clipped one gets no gradient.
+    None flows into old and returns.
     """
     check_mask(values, mask)
     check_mask(returns, mask)

@@ -9,8 +9,8 @@ Cost:        One pass over the prompts, then a step a token that reads all weigh
              the completions takes. Per token a log-probability and an entropy are kept.
 Paper:       Schulman et al. 2017, arXiv:1707.06347, section 3 (the ratio); Chen et al. 2021, arXiv:2107.03374,
              section 2.1 (the estimate of pass@k).
-Production:  vLLM under TRL or verl; its log-probabilities differ a little from the trainer's, which is why both correct
-             the ratio for it.
+Production:  vLLM under TRL or verl; its log-probabilities differ a little from the trainer's: TRL corrects for that
+             by default (vllm_importance_sampling_correction), verl on request (rollout_correction).
 Leaves out:  top-k and top-p (the log-probabilities would need the same cuts), prompts of unequal length, new requests
              in the place of finished ones.
 """

@@ -24,7 +24,8 @@ def relu_feedforward(
     up_bias: Float[Tensor, " f"] | None = None,
     down_bias: Float[Tensor, " c"] | None = None,
 ) -> Float[Tensor, "*b c"]:
-    """max(0, x up + b) down + b: the layer of the first Transformer. About half of the hidden channels are exactly 0.
+    """max(0, x up + b) down + b: the layer of the first Transformer. At random weights about half of the hidden
+    channels are exactly 0.
 
     >>> import torch
     >>> up, down = torch.tensor([[1.0], [-1.0]]), torch.tensor([[1.0, 1.0]])

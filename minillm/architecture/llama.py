@@ -60,7 +60,7 @@ RELEASES = {
     "Llama 1 7B": Release(llama(4096, 32, 32, **ONE), 1.0),
     "Llama 1 13B": Release(llama(5120, 40, 40, **ONE), 1.0),
     "Llama 1 33B": Release(llama(6656, 60, 52, **ONE), 1.4),
-    "Llama 1 65B": Release(llama(8192, 80, 64, **ONE), 1.4),
+    "Llama 1 65B": Release(llama(8192, 80, 64, context=2048), 1.4),  # the one of the four with eps 1e-5
     "Llama 2 7B": Release(llama(4096, 32, 32, **TWO), 2.0),
     "Llama 2 13B": Release(llama(5120, 40, 40, **TWO), 2.0),
     "Llama 2 70B": Release(llama(8192, 80, 64, kv_heads=8, wider=1.3, multiple=4096, **TWO), 2.0),

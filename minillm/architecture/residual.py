@@ -4,8 +4,8 @@ Idea:        A layer adds to the residual stream. Post-norm normalises the sum, 
              norm also scales what comes through from below, and the skip path fades with depth. Pre-norm normalises
              only what the layer reads: the skip path is the identity, the stream grows like the square root of the
              depth (variances of independent additions add up), later layers weigh less, and one norm is needed at the
-             end. There the gradient of the last layers shrinks as 1/sqrt(depth); with post-norm it does not, which is
-             why post-norm needs a warm-up of the learning rate.
+             end. There the gradient of the last layers shrinks as 1/sqrt(depth); with post-norm it does not, after
+             Xiong et al. the reason why it needs a warm-up of the learning rate.
 Cost:        one norm a layer in either place; pre-norm needs one more at the end.
 Paper:       Xiong et al. 2020, "On Layer Normalization in the Transformer Architecture", arXiv:2002.04745.
 Production:  torch.nn.TransformerEncoderLayer with norm_first=True and False.

@@ -167,7 +167,7 @@ def rotation_tables(config: Config) -> tuple[Float[Tensor, "p half"], Float[Tens
 
 class Transformer(nn.Module):
     """The model: embedding, blocks, final norm, head. Weights are drawn with standard deviation 0.02, outputs of the
-    layers with 0.02 / sqrt(2 layers), so that the stream does not grow with depth at the start."""
+    layers with 0.02 / sqrt(2 layers), so that at the start the stream ends at nearly the same size at any depth."""
 
     def __init__(self, config: Config) -> None:
         super().__init__()

@@ -7,7 +7,7 @@ Cost:        4 t s d floating-point operations a head, as many as the naive way;
              tiles where stored weights would need 4). Extra memory O(t) instead of O(t s). Traffic to main
              memory O(t s d^2 / M) for fast memory of M elements, against O(t d + t s) for the naive way.
 Paper:       Dao et al. 2022, arXiv:2205.14135, algorithm 1, theorems 1 and 2; Dao 2023, arXiv:2307.08691,
-             algorithms 1 and 2 (outer loop over queries and unnormalised sums, as here).
+             algorithm 1 (outer loop over queries and unnormalised sums, as here).
 Production:  torch.nn.functional.scaled_dot_product_attention; the flash-attn package, whose causal mask is
              aligned at the ends of both sequences, as here.
 Leaves out:  dropout, sliding windows, sequences of unequal length in one batch. `flash_triton` is the same on

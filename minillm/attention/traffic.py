@@ -6,7 +6,8 @@ Idea:        On a GPU the naive way is limited by memory traffic, not by arithme
 Cost:        naive 4 t s + (2 t + 2 s) d elements; tiled about 2 s d a tile of queries, in all Theta(t s d^2 / M).
 Paper:       Dao et al. 2022, arXiv:2205.14135, section 3.2, theorem 2 and proposition 3.
 Production:  what a profiler reports as DRAM bytes of the fused kernel.
-Leaves out:  the backward pass, caches that serve some of the re-reads, dropout and masks.
+Leaves out:  the tile of scores itself, taken to live in registers; the backward pass, caches that serve some of the
+             re-reads, dropout and masks.
 """
 
 

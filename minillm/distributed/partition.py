@@ -2,8 +2,8 @@
 
 Idea:        AdamW works on each number alone. So N ranks can share a step: the mean of their gradients is cut in N
              shards (reduce-scatter), rank r steps shard r of the float32 masters with its own shard of the moments, and
-             the new weights are put together again (all-gather). Only two things look across shards: the norm that
-             clips, whose squares are added over the ranks, and the zeros that make the last shard as long as the rest.
+             the new weights are put together again (all-gather). Only one thing looks across shards: the norm that
+             clips, whose squares are added over the ranks. Zeros make the last shard as long as the rest.
 Cost:        A rank holds 12 n/N bytes of masters and moments for n weights instead of 12 n. Counted by the rank, the
              reduce-scatter and the all-gather send n (N - 1)/N numbers each. Here nothing is sent.
 Paper:       Rajbhandari et al. 2019, "ZeRO", arXiv:1910.02054, sections 5.1 and 7.

@@ -42,8 +42,9 @@ def add_special(tokenizer: Tokenizer, names: Sequence[str]) -> Tokenizer:
 def render_llama3(tokenizer: Tokenizer, messages: Sequence[Mapping[str, str]], *, reply: bool = False) -> Chat:
     """Messages {"role", "content"} in Llama 3's template, built from ids; `bpe.render_chat` does it in ChatML.
 
-    Contents lose the spaces around them, and a tool speaks as "ipython", as in that template. `reply` appends the
-    header of the assistant's next message. Equal to text that is encoded as a whole under the word pattern of Llama 3.
+    Contents lose the spaces around them as in that template; a tool speaks as "ipython", Llama 3.1's name for it (whose
+    template also writes its content as JSON). `reply` appends the header of the assistant's next message. Equal to text
+    that is encoded as a whole under the word pattern of Llama 3.
 
     >>> from minillm.data.bpe import train
     >>> tokenizer = train(["hello"], 260, special=LLAMA3_SPECIAL)

@@ -5,7 +5,7 @@ Idea:        Texts are random symbols, and at every position the model must name
              so the same model with another encoding shows what each encoding can express, and what is left of it
              beyond the trained length. Several runs with weights of their own are trained side by side, since one
              run says little: the tensors carry them as their first axis.
-Cost:        Training takes r n t (4 c^2 + c v) + 2 r n t^2 c multiply-adds forward; seconds on one core.
+Cost:        Training takes r n t (3 c^2 + c v) + 2 r n t^2 c multiply-adds forward; seconds on one core.
 Paper:       the question is that of Press, Smith and Lewis 2021, "Train Short, Test Long", arXiv:2108.12409, figure 1;
              the task is ours.
 Production:  attention is torch's scaled_dot_product_attention; the encodings are those of their own modules.

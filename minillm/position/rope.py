@@ -69,7 +69,7 @@ def apply_rope_interleaved(
 def apply_rope(
     x: Float[Tensor, "*b t d"], cos: Float[Tensor, "*#b #t half"], sin: Float[Tensor, "*#b #t half"]
 ) -> Float[Tensor, "*b t d"]:
-    """Queries or keys turned, in the dtype of x. Channels i and i + d/2 are pair i, as in Hugging Face checkpoints.
+    """Queries or keys turned, in the dtype of x. Channels i and i + d/2 are pair i, as in transformers' Llama.
 
     Rolling by d/2 swaps the two halves; the minus sign of `turn` sits in the small table instead of a copy of x.
 

@@ -7,8 +7,8 @@ Idea:        A step reads some micro-batches, adds up their gradients, clips, se
 Cost:        Activations of one micro-batch; gradients, and the optimizer's numbers, of all weights. One wait for the
              device a record.
 Paper:       Clipping by the global norm: Pascanu et al. 2012, arXiv:1211.5063, algorithm 1. Autocast to half precision:
-             Micikevicius et al. 2017, arXiv:1710.03740 (bfloat16 needs no loss scaling). Balance loss: Fedus et al.
-             2021, arXiv:2101.03961.
+             Micikevicius et al. 2017, arXiv:1710.03740; bfloat16 without loss scaling: Kalamkar et al. 2019,
+             arXiv:1905.12322. Balance loss: Fedus et al. 2021, arXiv:2101.03961.
 Production:  transformers Trainer (token-weighted accumulation since num_items_in_batch);
              torch.nn.utils.clip_grad_norm_.
 Leaves out:  several devices, averaged weights; files are in training/checkpoint.

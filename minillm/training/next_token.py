@@ -4,8 +4,8 @@ Idea:        Position i reads tokens 0 to i and must say token i + 1. Two things
              tells when they are not. The shift: without it the target is what was just read, and the model learns to
              copy; made twice, by the data and by the loss, it learns the token after the next. The mask: a model that
              sees the token it must say copies it, and has nothing to copy from when it generates. The training loss
-             looks fine in all these cases. What shows them is the loss of the true next token, a generated text, and a
-             look at which tokens a position depends on.
+             falls without an error in all these cases. What shows them is the loss of the true next token, a generated
+             text, and a look at which tokens a position depends on.
 Cost:        Training as in `loop`. `influence` is one forward pass for each token of the text; `greedy_text` one for
              each new token, over the whole text: models that look both ways have no use for a cache.
 Paper:       Radford et al. 2018, "GPT" (not on arXiv), equation 1 (the objective); Vaswani et al. 2017,

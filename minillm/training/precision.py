@@ -1,11 +1,12 @@
 """Mixed precision: a loss scaler, which operations autocast runs in half precision, and float32 master weights.
 
-Idea:        Matrix products run in 16 bits, at twice the speed or more; weights and their sums stay in 32. float16
-             ends at 6e-8, and many gradients are below that: the loss is multiplied by a large power of 2 before the
-             backward pass, and the gradients, in float32, divided by it before anything looks at them. A scale too
-             large makes infinities: then that step is skipped and the scale halved. A scale too small cannot be seen,
-             so it is doubled after 2000 steps without infinities. bfloat16 has float32's range and needs no scaler.
-             Weights kept in 16 bits lose every update below half an ulp: the optimizer then needs a float32 copy.
+Idea:        Matrix products run in 16 bits, for which tensor cores are built; weights and their sums stay in 32.
+             float16 ends at 6e-8, and many gradients are below that: the loss is multiplied by a large power of 2
+             before the backward pass, and the gradients, in float32, divided by it before anything looks at them. A
+             scale too large makes infinities: then that step is skipped and the scale halved. A scale too small cannot
+             be seen, so it is doubled after 2000 steps without infinities. bfloat16 has float32's range and needs no
+             scaler. Weights kept in 16 bits lose every update below half an ulp: the optimizer then needs a float32
+             copy.
 Cost:        With 16-bit weights and gradients, AdamW holds 2 + 2 + 4 + 4 + 4 = 16 bytes a parameter: as many as float32
              alone. What gets smaller is activations, and the time. Autocast keeps weights and gradients in float32, and
              a 16-bit copy of the weights while it is on. The scaler reads all gradients, and waits for the device, once

@@ -21,7 +21,8 @@ from minillm.alignment.grpo import (
     overlong_penalty,
     reference_kl,
 )
-from minillm.alignment.log_probs import span_mask
+from minillm.alignment.kl import k3_weighted
+from minillm.alignment.log_probs import sequence_mean, span_mask
 
 LIMIT = 20
 DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
@@ -362,13 +363,16 @@ KINDS = {
 }
 
 
-@pytest.mark.parametrize(("kind", "beta"), [*((kind, 0.0) for kind in KINDS), ("grpo", 0.04), ("gspo", 0.04)])
-def test_equals_trl(kind, beta):
+@pytest.mark.parametrize(
+    ("kind", "beta", "weighted"),
+    [*((kind, 0.0, False) for kind in KINDS), ("grpo", 0.04, False), ("gspo", 0.04, False), ("grpo", 0.04, True)],
+)
+def test_equals_trl(kind, beta, weighted):
     trl = pytest.importorskip("trl.trainer.grpo_trainer", reason=REASON)
     settings, ours = KINDS[kind]
     policy, old, advantages, mask = rollout(dtype=torch.float32)
     reference = (old + 0.3 * randn(6, 9, seed=9)).float()
-    args = SimpleNamespace(use_bias_correction_kl=False, delta=None, steps_per_generation=1)
+    args = SimpleNamespace(use_bias_correction_kl=weighted, delta=None, steps_per_generation=1)
     fake = SimpleNamespace(
         **{"importance_sampling_level": "token", "epsilon_low": 0.2, "epsilon_high": 0.2, **settings},
         args=args,
@@ -396,7 +400,10 @@ def test_equals_trl(kind, beta):
         "num_items_in_batch": mask.sum(),
     }
     theirs = trl.GRPOTrainer._compute_loss(fake, None, inputs)
-    loss = ours(policy, old, advantages, mask) + beta * reference_kl(policy, reference, mask)
+    kl = reference_kl(policy, reference, mask)
+    if weighted:  # TRL's default: k3 times the ratio
+        kl = sequence_mean(k3_weighted(policy, reference, old).masked_fill(~mask, 0), mask).mean()
+    loss = ours(policy, old, advantages, mask) + beta * kl
     torch.testing.assert_close(loss, theirs)
     torch.testing.assert_close(*(torch.autograd.grad(x, policy)[0] for x in (loss, theirs)))
 

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from minillm.alignment import spo, tasks
 from minillm.alignment.grpo import grpo_loss
+from minillm.alignment.ppo_trials import attempt
 from minillm.alignment.rollout import rescore, sample
 from minillm.architecture.transformer import Transformer
 
@@ -93,9 +94,7 @@ def makeup(rewards: Float[Tensor, "n g"]) -> Makeup:
 
 def attempts(model: Transformer, prompts: Int[Tensor, "n p"], g: int, *, seed: int) -> Float[Tensor, "n {g}"]:
     """The rewards of g responses to each prompt of `tasks`, at temperature 1."""
-    generator = torch.Generator().manual_seed(seed)
-    drawn = sample(model, prompts, group=g, new_tokens=tasks.NEW_TOKENS, end=tasks.END, generator=generator)
-    return tasks.rewards(drawn.prompts, drawn.tokens).view(-1, g)
+    return attempt(model, prompts, seed=seed, group=g).rewards.view(-1, g)
 
 
 def follow(

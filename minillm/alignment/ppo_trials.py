@@ -124,7 +124,7 @@ def drift(log_probs: Float[Tensor, "b t"], old: Float[Tensor, "b t"], mask: Bool
     tensor(0.3069)
     """
     d = log_ratios(log_probs, old, mask)
-    return token_mean(torch.expm1(d) - d, mask)
+    return token_mean(k3(torch.zeros_like(d), d), mask)  # k3 with the sampler as the policy
 
 
 def reuse(

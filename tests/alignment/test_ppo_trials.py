@@ -221,6 +221,15 @@ def test_a_penalty_in_the_reward_has_the_gradient_of_one_in_the_reward(estimator
     torch.testing.assert_close(step, expected, atol=0.03, rtol=0)  # standard errors below 0.006
 
 
+def test_each_penalty_has_the_gradient_of_its_name():
+    logits, reference = torch.tensor([[0.0, 1.0, 2.0, -1.0], [2.0, 0.0, 1.0, 0.5]], dtype=torch.float64)
+    for name, penalty in PENALTIES.items():
+        kind, _, place = name.partition(" ")
+        asked = gradient_as_loss if place == "as a loss" else gradient_as_reward
+        expected = asked({"k1": k1, "k2": k2, "k3": k3}[kind], logits, reference)
+        torch.testing.assert_close(gradient_as_loss(penalty, logits, reference), expected)
+
+
 def test_k3_in_the_reward_has_the_gradient_of_the_difference_of_the_two_kls():
     leaf, log_q = LOGITS.clone().requires_grad_(), REFERENCE.log_softmax(-1)
     log_p = leaf.log_softmax(-1)

@@ -141,6 +141,57 @@ def test_only_the_policy_learns():
 # The first stage
 
 
+def test_gradients_of_the_policy_are_cut_to_norm_1(monkeypatch):
+    norms = []
+
+    class Watched(torch.optim.Adam):
+        def step(self):
+            gradients = [weight.grad.flatten() for group in self.param_groups for weight in group["params"]]
+            norms.append(torch.cat(gradients).norm())
+            return super().step()
+
+    monkeypatch.setattr(torch.optim, "Adam", Watched)
+    monkeypatch.setattr(rlhf, "policy_loss", lambda now, *rest: 1000 * now.sum())
+    climb(fresh(0), scorer(2), fresh(1), beta=0.0, steps=2, batch=8, parts=2, generator=seeded())
+    torch.testing.assert_close(torch.stack(norms), torch.ones(4))
+
+
+def test_a_policy_is_a_copy_and_the_stages_stay(monkeypatch):
+    def climb(policy, *rest, **options):
+        policy.embedding.data.add_(1)
+        return rlhf.Curve(*torch.zeros(4, 1))
+
+    monkeypatch.setattr(rlhf, "climb", climb)
+    answers = write(fresh(1), 4, generator=seeded())
+    stages = rlhf.Stages(fresh(1).requires_grad_(False), scorer(), answers, answers)
+    policy, _ = rlhf.optimise(stages, beta=0.1)
+    assert stages.start.embedding.equal(fresh(1).embedding)
+    assert not any(weight.requires_grad for weight in stages.start.parameters())
+    assert all(weight.requires_grad for weight in policy.parameters())
+
+
+def test_held_out_pairs_are_not_those_that_were_fitted(monkeypatch):
+    compared, fitted = [], []
+    compare, seeds = rlhf.compare, []
+    monkeypatch.setattr(rlhf, "supervised", lambda *, generator: seeds.append(generator.initial_seed()) or fresh(1))
+    monkeypatch.setattr(rlhf, "compare", lambda *a, **k: compared.append(compare(*a, **k)) or compared[-1])
+    monkeypatch.setattr(rlhf, "fit", lambda start, *pairs, generator: fitted.append(pairs) or scorer())
+    stages = rlhf.prepare(pairs=30, held_out=20, seed=7)
+    assert seeds == [7]
+    for all_of_them, train, rest in zip(compared[0], fitted[0], (stages.chosen, stages.rejected), strict=True):
+        assert (len(all_of_them.tokens), len(train.tokens), len(rest.tokens)) == (50, 30, 20)
+        assert torch.cat([train.tokens, rest.tokens]).equal(all_of_them.tokens)
+
+
+def test_supervised_training_counts_what_people_wrote_and_no_padding(monkeypatch):
+    shown, masks, draw, mean = [], [], rlhf.people, rlhf.token_mean
+    monkeypatch.setattr(rlhf, "people", lambda *a, **k: shown.append(draw(*a, **k)) or shown[-1])
+    monkeypatch.setattr(rlhf, "token_mean", lambda values, mask: masks.append(mask) or mean(values, mask))
+    supervised(steps=2, generator=seeded())
+    assert len(masks) == 2
+    assert all(mask.equal(answers.mask) for mask, answers in zip(masks, shown, strict=True))
+
+
 def test_supervised_training_imitates_people():
     generator = seeded()
     state = torch.random.get_rng_state()
